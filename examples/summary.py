@@ -1,0 +1,140 @@
+"""What the run says on the terminal: what it will do, what clipping did, and how it ended."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from char_data import CharData
+from char_model import CharModel
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+Log = dict[str, list[tuple[int, float]]]  # the (step, value) pairs of each metric
+
+
+def announce(config: DictConfig, data: CharData, model: CharModel, trainer: Trainer) -> None:
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    size = len(data.train_codes) + len(data.val_codes)
+    clipping = HydraConfig.get().runtime.choices.get("callbacks/gradclip", "none")
+    node = config.callbacks.get("gradclip")
+    if node and node.get("method"):
+        clipping += f": {described(node.method)}"
+    rows = {
+        "model": f"{described(config.model)}, {weights:,} weights",
+        "text": f"{data.source}, {size:,} characters, {len(data.characters)} different ones",
+        "optimizer": described(config.optimizer),
+        "clipping": clipping,
+        "output": short(trainer.default_root_dir),
+    }
+    if config.ckpt_path:
+        rows["resuming"] = config.ckpt_path
+    show("Training a character-level language model", rows)
+
+
+def conclude(data: CharData, trainer: Trainer, stopped: str | None) -> None:
+    log = read_log(trainer)
+    # A resumed run reports on the steps that it took itself.
+    first = log["train/loss"][0][0] if "train/loss" in log else 1
+    rows = {"steps": f"{first:,} to {trainer.global_step:,}"} | clipping_rows(log)
+    loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+    peak = loss
+    if "train/loss" in log:
+        step, peak = highest(log["train/loss"])
+        rows["highest training loss"] = f"{peak:,.4g} at step {step:,}"
+    guessing = data.loss_of_guessing()
+    rows["validation loss"] = f"{loss:,.4g} (guessing by frequency: {guessing:.4g})"
+    rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
+    rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
+    show("Outcome", rows)
+    # An untrained model starts near log(characters): a loss that stays there only needs more steps.
+    exploded = not max(peak, loss) < 1.5 * math.log(len(data.characters))
+    if stopped:
+        say(f"Training diverged and stopped: {stopped}")
+    elif exploded and not loss < guessing:
+        say("Training diverged: the loss exploded and the model does no better than guessing.")
+
+
+def clipping_rows(log: Log) -> dict[str, str]:
+    if "gradclip/norm" not in log:
+        return {"gradient norm": "not recorded"}
+    # The percentiles are those of all steps as long as log_every_n_steps=1.
+    norms = [norm for _, norm in log["gradclip/norm"]]
+    half, most, nearly_all = np.percentile(norms, [50, 90, 99])
+    step, largest = highest(log["gradclip/norm_max"])
+    clipped = np.mean([rate for _, rate in log["gradclip/clip_rate"]])
+    rows = {
+        "clipped": f"{clipped:.1%} of the steps",
+        "gradient norm": f"median {half:.3g}, 90th percentile {most:.3g}, 99th {nearly_all:.3g}",
+        "largest norm": f"{largest:,.4g} at step {step:,}",
+    }
+    for key in ("nonfinite", "skipped"):
+        if count := log[f"gradclip/{key}"][-1][1]:
+            rows[f"{key} steps"] = f"{count:,.0f}"
+    return rows
+
+
+def read_log(trainer: Trainer) -> Log:
+    log: Log = {}
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            logger.save()
+            with Path(logger.experiment.metrics_file_path).open(newline="") as file:
+                for row in csv.DictReader(file):
+                    step = int(row.pop("step")) + 1
+                    for key, value in row.items():
+                        if value:
+                            log.setdefault(key, []).append((step, float(value)))
+    return log
+
+
+def highest(values: list[tuple[int, float]]) -> tuple[int, float]:
+    """The step and value of the maximum; NaN counts as the largest."""
+    return max(values, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
+
+
+def described(node: DictConfig) -> str:
+    """`_target_: torch.optim.SGD, lr: 1.0` as `SGD(lr=1.0)`."""
+    values = [f"{key}={value}" for key, value in node.items() if not str(key).startswith("_")]
+    return f"{node._target_.rpartition('.')[2]}({', '.join(values)})"
+
+
+def listed(paths: Iterable[str | None]) -> str:
+    return "\n".join(short(path) for path in paths if path) or "none"
+
+
+def short(path: str) -> str:
+    """The path from where the user is, when it lies below."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith(os.pardir) else relative
+
+
+def show(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows.items():
+        table.add_row(*row)
+    say(table)
+
+
+def say(content: object) -> None:
+    console = Console(highlight=False, markup=False)  # the text may hold square brackets
+    console.print(content)
+    console.print()
+
+
+def sample(config: DictConfig, data: CharData, model: CharModel) -> None:
+    if config.sample.length and all(weight.isfinite().all() for weight in model.parameters()):
+        seed_everything(config.seed, verbose=False)
+        prompt = data.encode(config.sample.prompt).to(model.device)
+        codes = model.generate(prompt, config.sample.length, config.sample.temperature)
+        say(Panel(Text(data.decode(codes)), title="A sample", title_align="left"))

@@ -1,0 +1,42 @@
+"""What a GradScaler has done to the gradients so far."""
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+
+def is_enabled(scaler: GradScaler | None) -> bool:
+    """Whether losses are scaled at all, and overflowing steps skipped by the scaler."""
+    return scaler is not None and scaler.is_enabled()
+
+
+def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether `scaler.unscale_(optimizer)` was called since the last step."""
+    # The stage has no public accessor, and calling unscale_ twice raises.
+    states: dict[int, dict[str, Any]] = scaler._per_optimizer_states  # pyright: ignore[reportPrivateUsage]
+    return states[id(optimizer)]["stage"] is not OptState.READY
+
+
+def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Unscale the gradients unless that is done already."""
+    present = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    if present and not is_unscaled(scaler, optimizer):
+        scaler.unscale_(optimizer)
+
+
+def pending_scale(scaler: GradScaler, optimizer: Optimizer) -> float | torch.Tensor:
+    """The factor that the gradients still carry."""
+    return 1.0 if is_unscaled(scaler, optimizer) else scaler.get_scale()
+
+
+def will_step(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether Lightning goes on to the optimizer's step after its hooks.
+
+    When `training_step` returned None it neither unscales nor steps, and unscaling here would be one too many.
+    Optimizers that unscale inside their step always reach the hook scaled.
+    """
+    if not scaler.is_enabled() or is_unscaled(scaler, optimizer):
+        return True
+    return getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -1,0 +1,269 @@
+"""The Lightning callback: hooks, conflict checks, logging and checkpoint state around one clipper per optimizer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_gradclip import amp, checks
+from lightning_gradclip.clipper import Clipper, check_options
+from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.policy import Policy
+
+# Sharded gradients need a reduction over ranks, and DeepSpeed's engine keeps its gradients to itself.
+_UNSUPPORTED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+_IN_BAR = ("norm", "clip_rate")
+# A default, so that a missing method is refused with the way to write one.
+_REQUIRED = cast("ClipMethod", ...)
+
+
+class GradientClipping(Callback):
+    """Clips gradients before every optimizer step and logs what that did.
+
+    Every optimizer of the module gets a clipper of its own, with its own copy of the method. Works under automatic
+    and manual optimization, gradient accumulation and AMP. The metrics are those of `Clipper.metrics`, prefixed with
+    `name/`; with several optimizers the optimizer's index follows the name.
+
+    Args:
+        method: How to clip, such as `NormClip(max_norm=1.0)`; None, written out, measures and logs only.
+        action: "clip"; "skip" drops the step when any scope is over its limit; "observe" reports what would happen
+            and writes nothing.
+        nonfinite: On NaN or infinite gradients "skip" drops the step, "zero" replaces the entries, "raise" raises
+            and "ignore" goes on. None: "skip" where the callback writes, "ignore" where it only observes. A dropped
+            step still counts for `global_step` and schedulers.
+        max_consecutive_skips: How many steps in a row may be dropped; None sets no bound.
+        include: Shell pattern or patterns over parameter names, admitting parameters.
+        exclude: Pattern or patterns taken out of what `include` admits.
+        optimizer: Index of the optimizer it serves; None: every optimizer.
+        name: Prefix of the metrics and part of the checkpoint key; two callbacks need two names.
+        log: Whether to log to the trainer's loggers and `trainer.callback_metrics`.
+        log_every_n_steps: Steps between two log events; None: the trainer's setting.
+        measure_per: "group", "layer" or "parameter": also log the norms of these scopes.
+        prog_bar: Whether to show norm and clip rate in the progress bar.
+        history: Record every step; not available in this version.
+        fold: Hand the coefficient to a fused optimizer; not available in this version.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range or contradicts another; at the first step, if a pattern matches no
+            parameter.
+        MisconfigurationException: In `setup`, if the trainer clips too or its strategy is not supported.
+    """
+
+    def __init__(
+        self,
+        method: ClipMethod | None = _REQUIRED,
+        *,
+        action: str = "clip",
+        nonfinite: str | None = None,
+        max_consecutive_skips: int | None = 20,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
+        optimizer: int | None = None,
+        name: str = "gradclip",
+        log: bool = True,
+        log_every_n_steps: int | None = None,
+        measure_per: str | None = None,
+        prog_bar: bool = False,
+        history: bool | str = False,
+        fold: bool = False,
+    ) -> None:
+        self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
+        check_options(measure_per=measure_per, fold=fold)
+        if history is not False:
+            raise ValueError(f"history={history!r} is not available in this version; use history=False")
+        if optimizer is not None:
+            checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
+        if log_every_n_steps is not None:
+            checks.integer(
+                "log_every_n_steps",
+                log_every_n_steps,
+                at_least=1,
+                remedy="None takes the trainer's",
+            )
+        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"name must be a non-empty string, got {name!r}; the default is 'gradclip'")
+        self.method = method
+        self.name = name
+        self.optimizer = optimizer
+        self.log = checks.flag("log", log)
+        self.log_every_n_steps = log_every_n_steps
+        self.prog_bar = checks.flag("prog_bar", prog_bar)
+        self._options: dict[str, Any] = {
+            "action": action,
+            "nonfinite": nonfinite,
+            "max_consecutive_skips": max_consecutive_skips,
+            "include": checks.patterns("include", include),
+            "exclude": checks.patterns("exclude", exclude),
+            "measure_per": measure_per,
+            "fold": fold,
+        }
+        self._clippers: dict[int, Clipper] = {}
+        self._saved: dict[int, Any] = {}
+        self._several = False
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._refuse_conflicts(trainer)
+        # A new fit has new optimizers; a checkpoint is loaded after this hook.
+        self._clippers, self._saved = {}, {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        count = len(trainer.optimizers)
+        self._several = count > 1 and self.optimizer is None
+        if self.optimizer is not None and count and self.optimizer >= count:
+            known = "optimizer 0 only" if count == 1 else f"optimizers 0 to {count - 1}"
+            raise ValueError(
+                f"optimizer={self.optimizer} does not exist: the module configures {known}; "
+                "use one of these, or optimizer=None for every optimizer"
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        index = _position(trainer, optimizer)
+        if self.optimizer is not None and index != self.optimizer:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and not amp.will_step(scaler, optimizer):
+            return
+        clipper = self._clippers.get(index)
+        if clipper is None:
+            clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
+        clipper.step(scaler)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.log and self._logs_now(trainer, pl_module):
+            self._flush(trainer, _batches(trainer))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Checkpoints and early stopping may look at the end of validation, before the next log event.
+        if self.log and not trainer.sanity_checking:
+            self._show(trainer, dict(self._metrics(clear=False)))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.log:
+            return
+        if _was_last_epoch(trainer):
+            # Before the checkpoint of this epoch, so that a resumed run does not log these steps again.
+            self._flush_rest(trainer)
+        else:
+            self._show(trainer, dict(self._metrics(clear=False)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.log:
+            self._flush_rest(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # The steps that led here; after other errors the device may not answer any more.
+        if self.log and isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
+            self._flush_rest(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
+        return {"clippers": {**self._saved, **live}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = dict(state_dict["clippers"])
+
+    def _refuse_conflicts(self, trainer: Trainer) -> None:
+        clip_val = trainer.gradient_clip_val
+        if clip_val and self._policy.writes:
+            raise MisconfigurationException(
+                f"both Trainer(gradient_clip_val={clip_val}) and {type(self).__name__}({self.method!r}) clip; remove "
+                "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
+            )
+        if isinstance(trainer.strategy, _UNSUPPORTED):
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which no rank holds "
+                "whole gradients; train with strategy='ddp', or use Trainer(gradient_clip_val=...) where it works"
+            )
+        callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+        twins = [one for one in callbacks if isinstance(one, GradientClipping) and one.name == self.name]
+        if len(twins) > 1:
+            raise MisconfigurationException(
+                f"{len(twins)} {type(self).__name__} callbacks are named {self.name!r}; give each a name of its own, "
+                f"such as name={self.name + '_2'!r}"
+            )
+
+    def _clipper(self, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
+        clipper = Clipper(pl_module.named_parameters(), self.method, optimizer=optimizer, **self._options)
+        if index in self._saved:
+            clipper.load_state_dict(self._saved.pop(index))
+        return clipper
+
+    def _logs_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether this batch is one on which Lightning logs, or ours with `log_every_n_steps`."""
+        if _accumulates(trainer) and pl_module.automatic_optimization:
+            return False
+        if self.log_every_n_steps is None:
+            return trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        batches = _batches(trainer) + 1
+        return batches % self.log_every_n_steps == 0 or trainer.should_stop
+
+    def _metrics(self, *, clear: bool) -> Iterator[tuple[str, float]]:
+        for index, clipper in sorted(self._clippers.items()):
+            prefix = f"{self.name}/{index}/" if self._several else f"{self.name}/"
+            if not (clear or clipper.has_news):
+                continue
+            for key, value in (clipper.metrics() if clear else clipper.peek()).items():
+                yield prefix + key, value
+
+    def _flush_rest(self, trainer: Trainer) -> None:
+        """Log the steps after the last log event, at the step of the last batch."""
+        if any(clipper.has_news for clipper in self._clippers.values()):
+            self._flush(trainer, max(0, _batches(trainer) - 1))
+            for logger in trainer.loggers:
+                logger.save()
+
+    def _flush(self, trainer: Trainer, step: int) -> None:
+        """Aggregate the window and write it on Lightning's own step axis."""
+        metrics = dict(self._metrics(clear=True))
+        if not metrics:
+            return
+        self._show(trainer, metrics)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+    def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        tensors = {key: torch.tensor(value) for key, value in metrics.items()}
+        trainer.callback_metrics.update(tensors)
+        if self.prog_bar:
+            shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}
+            trainer.progress_bar_metrics.update(shown)  # type: ignore[attr-defined]
+
+
+def _position(trainer: Trainer, optimizer: Optimizer) -> int:
+    for index, one in enumerate(trainer.optimizers):
+        if one is optimizer:
+            return index
+    raise MisconfigurationException(
+        f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
+        "return it from configure_optimizers"
+    )
+
+
+def _batches(trainer: Trainer) -> int:
+    """Batches that stepped so far: the step axis on which Lightning logs."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    """Whether this batch only accumulates gradients."""
+    return trainer.fit_loop._should_accumulate()  # pyright: ignore[reportPrivateUsage]
+
+
+def _was_last_epoch(trainer: Trainer) -> bool:
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    out_of_steps = steps != -1 and trainer.global_step >= steps
+    return out_of_steps or (epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs)

@@ -1,0 +1,74 @@
+"""Argument checks: one sentence of fact with the value, one of remedy."""
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import cast
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    remedy: str = "",
+) -> float:
+    """Return `value` as a plain float, or say which number was expected."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
+    result = float(value)
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound, kept in (
+            (">", above, result > above),
+            (">=", at_least, result >= at_least),
+            ("<=", at_most, result <= at_most),
+        )
+        if math.isfinite(bound) and not kept
+    ]
+    if math.isnan(result) or bounds:
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}, got {value!r}{_tail(remedy)}")
+    return result
+
+
+def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int:
+    """Return `value` as a plain int, or say which whole number was expected."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value!r}{_tail(remedy)}")
+    return int(value)
+
+
+def choice(name: str, value: object, allowed: Iterable[str], *, remedy: str = "") -> str:
+    """Return `value` if it is one of `allowed`, or list what is allowed."""
+    words = tuple(allowed)
+    if value not in words:
+        listed = ", ".join(repr(word) for word in words)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}{_tail(remedy)}")
+    return str(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False; strings such as "false" are refused."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def patterns(name: str, value: object) -> tuple[str, ...]:
+    """Return one shell pattern or a list of them as a plain tuple."""
+    items = (value,) if isinstance(value, str) else value
+    if isinstance(items, Mapping) or not isinstance(items, Iterable):
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}; write {name}=['encoder.*']")
+    result = tuple(cast("Iterable[object]", items))
+    for item in result:
+        if not isinstance(item, str) or not item:
+            raise TypeError(f"{name} holds {item!r}, which is no pattern; write {name}=['encoder.*']")
+    return cast("tuple[str, ...]", result)
+
+
+def _tail(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""

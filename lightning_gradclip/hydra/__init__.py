@@ -1,0 +1,1 @@
+"""Makes the configuration pack known to Hydra. Nothing here imports torch or Lightning."""

@@ -1,0 +1,160 @@
+"""Gradients to sizes: the p-norm of every tensor, in float32 or wider, reading each gradient once.
+
+Norms of large tensors are taken over rows first. On CPU that runs on all threads, and adding rows pairwise keeps the
+error near 1e-7 where one float32 sum over 1e8 elements reads 1 % low.
+
+Two float32 entries of 1e20 overflow when squared and entries of 1e-25 vanish. A norm outside the range in which the
+fast sum is exact is therefore measured again in float64, scaled by the largest entry.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip.select import Scopes
+
+_COLUMNS = 4096
+_LARGE = 16384
+
+
+def parameter_norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
+    """The p-norm of each tensor.
+
+    Args:
+        tensors: Gradients or weights of any dtype, shape, layout and device; None counts as 0.
+        norm_type: The p of the norm, in (0, inf].
+
+    Returns:
+        Norms, `(len(tensors),)`, local, float64 (float32 on devices without it), on the device of the first tensor.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return torch.zeros(len(tensors), dtype=torch.float64)
+    device = present[0].device
+    values = [dense_values(tensor) for tensor in present]
+    norms = _together(_fast_norms(values, norm_type), device)
+    if device.type == "cpu":
+        # The host looks only where that costs nothing; elsewhere the guard asks for `exact` when the sum is suspect.
+        norms = _measured_again(values, norms, norm_type)
+    return norms if len(present) == len(tensors) else _spread(norms, tensors)
+
+
+def exact_norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
+    """`parameter_norms` in float64, scaled by the largest entry: slow, and right for any finite entries."""
+    norms = [_exact_norm(dense_values(tensor), norm_type) for tensor in tensors if tensor is not None]
+    if not norms:
+        return torch.zeros(len(tensors), dtype=torch.float64)
+    joined = _together(norms, norms[0].device)
+    return joined if len(norms) == len(tensors) else _spread(joined, tensors)
+
+
+def is_suspect(norm: float, norm_type: float) -> bool:
+    """Whether a fast norm may have overflowed or underflowed."""
+    return not _smallest(norm_type) <= norm < math.inf
+
+
+def scope_norms(norms: Tensor, scopes: Scopes, norm_type: float) -> Tensor:
+    """The joint p-norm of each scope, `(S,)`, from the norm of each parameter."""
+    count = len(scopes.names)
+    if count == len(scopes.index) > 1:
+        return norms
+    if count == 1:
+        return joint_norm(norms, norm_type).view(1)
+    index, zeros = scopes.index_on(norms.device), norms.new_zeros(count)
+    largest = zeros.scatter_reduce(0, index, norms, "amax")
+    if math.isinf(norm_type):
+        return largest
+    # Higher powers would leave the range of float64: each scope is scaled by its largest norm.
+    scale = torch.where(largest > 0, largest, 1.0)
+    sums = zeros.scatter_add(0, index, (norms / scale[index]).pow(norm_type))
+    return scale * sums.pow(1.0 / norm_type)
+
+
+def joint_norm(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of a vector of p-norms, 0-d; 0 for none."""
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    if norm_type <= 2.0 or math.isinf(norm_type):
+        return _vector_norm(norms, norm_type)
+    # Higher powers leave the range of float64.
+    largest = norms.amax()
+    scale = torch.where(largest > 0, largest, 1.0)
+    return scale * _vector_norm(norms / scale, norm_type)
+
+
+def _vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.linalg.vector_norm(value, norm_type, dim=dim, dtype=dtype)
+
+
+def dense_values(tensor: Tensor) -> Tensor:
+    """The stored entries: duplicates of a sparse gradient are added up first."""
+    tensor = tensor.detach()
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _fast_norms(values: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    return [_fast_norm(value, norm_type) for value in values]
+
+
+def _fast_norm(value: Tensor, norm_type: float) -> Tensor:
+    wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None
+    if value.numel() == 0:
+        return torch.zeros((), device=value.device)
+    if value.device.type != "cpu" or value.numel() < _LARGE or not (value := _in_memory_order(value)).is_contiguous():
+        return _vector_norm(value, norm_type, dtype=wide)
+    flat = value.view(-1)
+    whole = flat.numel() // _COLUMNS * _COLUMNS
+    rows = _vector_norm(flat[:whole].view(-1, _COLUMNS), norm_type, dim=1, dtype=wide)
+    if whole < flat.numel():
+        rows = torch.cat((rows, _vector_norm(flat[whole:], norm_type, dtype=wide).view(1)))
+    return _vector_norm(rows, norm_type, dtype=torch.float64)
+
+
+def _in_memory_order(value: Tensor) -> Tensor:
+    """A view with the strides descending, contiguous for channels-last and transposed tensors."""
+    if value.is_contiguous():
+        return value
+    return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True))
+
+
+def _measured_again(values: Sequence[Tensor], norms: Tensor, norm_type: float) -> Tensor:
+    low, high = torch.aminmax(norms)
+    if not is_suspect(low.item(), norm_type) and not is_suspect(high.item(), norm_type):
+        return norms
+    suspects = [i for i, norm in enumerate(norms.tolist()) if is_suspect(norm, norm_type)]
+    norms = norms.clone()
+    for i in suspects:
+        norms[i] = _exact_norm(values[i], norm_type)
+    return norms
+
+
+def _exact_norm(value: Tensor, norm_type: float) -> Tensor:
+    if value.numel() == 0:
+        return torch.zeros((), device=value.device)
+    magnitude = value.abs()
+    largest = magnitude.amax()
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(_widest(value.device))
+    return scale * _vector_norm(magnitude.to(scale.dtype) / scale, norm_type)
+
+
+def _together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+    wide = _widest(device)
+    return torch.stack([norm.to(device=device, dtype=wide) for norm in norms])
+
+
+def _spread(norms: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """Norms of the tensors that are there among zeros for those that are not."""
+    zero = norms.new_zeros(())
+    found = iter(norms.unbind())
+    return torch.stack([zero if tensor is None else next(found) for tensor in tensors])
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _smallest(norm_type: float) -> float:
+    """Norms below this may have lost entries whose p-th power is below float32's normal range, about 1e-38."""
+    return 0.0 if math.isinf(norm_type) else 1e-24 ** (1.0 / norm_type)

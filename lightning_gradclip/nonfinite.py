@@ -1,0 +1,56 @@
+"""What to do about non-finite gradients and dropped steps: words for people, and a bound in a row."""
+
+import warnings
+from collections.abc import Sequence
+
+_NAMED = 5
+
+
+def offenders(names: Sequence[str], norms: Sequence[float]) -> str:
+    """The first parameters whose gradient is not finite, as text."""
+    bad = [name for name, norm in zip(names, norms, strict=True) if not abs(norm) < float("inf")]
+    listed = ", ".join(bad[:_NAMED])
+    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return f"{listed}{more}" if bad else "no single parameter: the joint norm overflows"
+
+
+def error(step: int, culprits: str) -> FloatingPointError:
+    """What nonfinite="raise" raises."""
+    return FloatingPointError(
+        f"non-finite gradients at optimizer step {step} in {culprits}; "
+        "lower the learning rate, check the data of this batch, or use nonfinite='skip'"
+    )
+
+
+class Skips:
+    """Counts dropped steps in a row, warns at the first, and ends training when there are too many."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self.in_a_row = 0
+        self._warned = False
+
+    def reset(self) -> None:
+        self.in_a_row = 0
+
+    def add(self, step: int, reason: str, *, warn: bool) -> None:
+        """Count one dropped step.
+
+        Raises:
+            FloatingPointError: If more than `most` steps in a row were dropped.
+        """
+        self.in_a_row += 1
+        if self.most is not None and self.in_a_row > self.most:
+            raise FloatingPointError(
+                f"{self.in_a_row} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
+                f"training makes no progress. Lower the learning rate, check the data, or raise "
+                f"max_consecutive_skips (now {self.most})"
+            )
+        if warn and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"dropped optimizer step {step}: {reason}. Parameters and optimizer state stay as they are; "
+                "further dropped steps are counted, not announced",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,79 @@
+"""What may be done to the gradients, and what happens when some are not finite: closed lists of words."""
+
+from dataclasses import dataclass
+
+from lightning_gradclip import checks
+from lightning_gradclip.methods.method import ClipMethod
+
+ACTIONS = ("clip", "skip", "observe")
+NONFINITE = ("skip", "zero", "raise", "ignore")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The checked combination of `action`, `nonfinite` and `max_consecutive_skips`."""
+
+    action: str
+    nonfinite: str
+    max_consecutive_skips: int | None
+
+    @staticmethod
+    def of(
+        method: ClipMethod | None,
+        action: str,
+        nonfinite: str | None,
+        max_consecutive_skips: int | None,
+    ) -> "Policy":
+        """Check the words together and fill in the default of `nonfinite`.
+
+        Raises:
+            TypeError: If `method` is no clipping method.
+            ValueError: If a word is unknown or two of them contradict each other.
+        """
+        require_method(method)
+        checks.choice("action", action, ACTIONS)
+        observes = method is None or action == "observe"
+        if nonfinite is None:
+            nonfinite = "ignore" if observes else "skip"
+        checks.choice("nonfinite", nonfinite, NONFINITE)
+        if max_consecutive_skips is not None:
+            checks.integer(
+                "max_consecutive_skips",
+                max_consecutive_skips,
+                at_least=0,
+                remedy="None sets no bound",
+            )
+        if observes and nonfinite in ("skip", "zero"):
+            watched = "method=None" if method is None else "action='observe'"
+            raise ValueError(
+                f"{watched} writes nothing, so nonfinite={nonfinite!r} cannot be kept; "
+                "use nonfinite='ignore' or 'raise', or action='clip'"
+            )
+        if action == "skip" and method is not None and method.may_grow:
+            raise ValueError(
+                f"action='skip' drops steps over a limit, but {method!r} also scales gradients up; "
+                "use action='clip', or a method that only limits"
+            )
+        return Policy("observe" if observes else action, nonfinite, max_consecutive_skips)
+
+    @property
+    def writes(self) -> bool:
+        """Whether gradients may be changed."""
+        return self.action != "observe"
+
+    @property
+    def decides_on_host(self) -> bool:
+        """Whether the next thing to do depends on what was measured, so that the host must look at it."""
+        return self.nonfinite != "ignore" or self.action == "skip"
+
+
+def require_method(method: object) -> None:
+    """Refuse what is no clipping method, with the way to write one."""
+    if method is None or isinstance(method, ClipMethod):
+        return
+    remedy = "write method=NormClip(max_norm=1.0), or method=None to measure without clipping"
+    if method is ...:
+        raise TypeError(f"GradientClipping needs a method; {remedy}")
+    if isinstance(method, type) and issubclass(method, ClipMethod):
+        raise TypeError(f"method must be an instance, got the class {method.__name__}; write {method.__name__}()")
+    raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")

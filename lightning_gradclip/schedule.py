@@ -1,0 +1,62 @@
+"""Limits that change with the step: a mapping from optimizer step to value.
+
+Values are interpolated linearly between the points and constant before the first and after the last.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import cast
+
+from lightning_gradclip import checks
+
+Scheduled = float | dict[int, float]
+
+
+def scheduled(
+    name: str,
+    value: object,
+    *,
+    above: float = float("-inf"),
+    at_least: float = float("-inf"),
+    remedy: str = "",
+) -> Scheduled:
+    """Check a constant or a schedule and return it as a plain float or a plain dict sorted by step."""
+    if not isinstance(value, Mapping):
+        return checks.number(name, value, above=above, at_least=at_least, remedy=remedy)
+    points = cast("Mapping[object, object]", value)
+    if not points:
+        raise ValueError(f"{name} is an empty schedule; give at least one point, {name}={{0: 1.0}}")
+    steps = {
+        checks.integer(f"{name}'s step", step, at_least=0, remedy=f"write {name}={{0: 10.0, 1000: 1.0}}"): step
+        for step in points
+    }
+    return {
+        step: checks.number(f"{name}[{step}]", points[steps[step]], above=above, at_least=at_least, remedy=remedy)
+        for step in sorted(steps)
+    }
+
+
+def value_at(value: Scheduled, step: int) -> float:
+    """The value of a constant or a schedule at one optimizer step, counted from 0."""
+    if not isinstance(value, dict):
+        return value
+    steps = list(value)
+    after = bisect_right(steps, step)
+    if after == 0:
+        return value[steps[0]]
+    left = steps[after - 1]
+    if after == len(steps):
+        return value[left]
+    right = steps[after]
+    share = (step - left) / (right - left)
+    return value[left] + share * (value[right] - value[left])
+
+
+def least(value: Scheduled) -> float:
+    """The smallest value that a constant or a schedule ever takes."""
+    return min(value.values()) if isinstance(value, dict) else value
+
+
+def greatest(value: Scheduled) -> float:
+    """The largest value that a constant or a schedule ever takes."""
+    return max(value.values()) if isinstance(value, dict) else value

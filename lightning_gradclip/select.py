@@ -1,0 +1,152 @@
+"""Which parameters a clipper serves, what they are called, and which scope each belongs to."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Names that torch.compile, FSDP, activation checkpointing and Fabric insert into a module's parameter names.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """Where to measure: the names of `S` scopes, and for each parameter the index of its scope."""
+
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+
+    @staticmethod
+    def of(labels: Sequence[str]) -> "Scopes":
+        """Scopes from one label for each parameter, in order of first appearance."""
+        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return Scopes(tuple(order), tuple(order[label] for label in labels))
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """`index` as a tensor `(P,)`, moved to each device once."""
+        if device not in self._indices:
+            self._indices[device] = torch.tensor(self.index, device=device)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    @cached_property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """For each scope the indices of its parameters."""
+        lists: list[list[int]] = [[] for _ in self.names]
+        for parameter, scope in enumerate(self.index):
+            lists[scope].append(parameter)
+        return tuple(tuple(one) for one in lists)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of one optimizer that match the patterns, each once, in the optimizer's order.
+
+    Attributes:
+        params: The selected parameters.
+        names: Their names, wrapper prefixes stripped; "group0.3" for parameters outside the module.
+        groups: For each of them the name of its parameter group.
+        owned: All parameters of the optimizer, selected or not.
+    """
+
+    params: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    owned: tuple[Tensor, ...]
+
+    def scopes(self, per: str) -> Scopes:
+        """The scopes of one kind; they do not depend on which gradients are present."""
+        if per == "model":
+            return Scopes(("model",), (0,) * len(self.params))
+        if per == "group":
+            return Scopes.of(self.groups)
+        if per == "layer":
+            return Scopes.of([name.rpartition(".")[0] or "root" for name in self.names])
+        return Scopes.of(self.names)
+
+
+class Names:
+    """The parameters of a module by identity: what they are called, and which patterns admit them."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        # The tensors are kept so that their identities stay theirs.
+        self._tensors: dict[int, Tensor] = {}
+        raw: dict[int, str] = {}
+        for name, parameter in named_parameters:
+            if id(parameter) not in raw:
+                raw[id(parameter)] = name
+                self._tensors[id(parameter)] = parameter
+        self._raw = raw
+        self._clean = dict(zip(raw, clean_names(list(raw.values())), strict=True))
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        for option, patterns in (("include", self._include), ("exclude", self._exclude)):
+            for pattern in patterns:
+                self._require_match(option, pattern)
+
+    def select(self, optimizer: Optimizer | None) -> Selection:
+        """The parameters of the optimizer, or without one of the module, that the patterns admit."""
+        groups: Sequence[Mapping[str, Any]]
+        groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
+        labels = _group_names(groups)
+        chosen: dict[int, tuple[Tensor, str, str]] = {}
+        owned: dict[int, Tensor] = {}
+        for position, (group, label) in enumerate(zip(groups, labels, strict=True)):
+            for i, parameter in enumerate(group["params"]):
+                owned[id(parameter)] = parameter
+                name = self._clean.get(id(parameter), f"group{position}.{i}")
+                if id(parameter) not in chosen and self._admits(name, self._raw.get(id(parameter), name)):
+                    chosen[id(parameter)] = (parameter, name, label)
+        params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
+        return Selection(params, names, of_group, tuple(owned.values()))
+
+    def _admits(self, *names: str) -> bool:
+        return _matches(names, self._include) and not _matches(names, self._exclude)
+
+    def _require_match(self, option: str, pattern: str) -> None:
+        every = [*self._clean.values(), *self._raw.values()]
+        if pattern == "*" or _matches(every, (pattern,)):
+            return
+        known = list(dict.fromkeys(self._clean.values()))
+        closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+        listed = ", ".join(closest) or "there are no named parameters"
+        raise ValueError(
+            f"{option}={pattern!r} matches no parameter; the closest names are: {listed}. "
+            f"Patterns are shell patterns over whole names, such as {_suggestion(closest)!r}"
+        )
+
+
+def clean_names(names: Sequence[str]) -> list[str]:
+    """Names without the prefixes that wrappers insert; names that would collide keep theirs."""
+    cleaned = [_WRAPPERS.sub("", name) for name in names]
+    # DataParallel wrappers put "module." before every name; a submodule called "module" does not.
+    while cleaned and all(name.startswith("module.") for name in cleaned):
+        cleaned = [name.removeprefix("module.") for name in cleaned]
+    return cleaned if len(set(cleaned)) == len(set(names)) else list(names)
+
+
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _suggestion(closest: Sequence[str]) -> str:
+    return f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
+
+
+def _group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [str(group.get("name", f"group{i}")) for i, group in enumerate(groups)]
+    return names if len(set(names)) == len(names) else [f"group{i}" for i in range(len(groups))]

@@ -1,0 +1,134 @@
+"""What one step did, as one packed row."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import measure
+
+
+class Row(NamedTuple):
+    """One step in numbers; on the device a tensor `(len(Row._fields),)` in this order.
+
+    Flags are 1.0 or 0.0.
+    """
+
+    norm: float
+    norm_clipped: float
+    limit: float
+    coef: float
+    clipped: float
+    finite: float
+    skipped: float
+    changed: float
+    overflow: float
+
+
+@dataclass(frozen=True, eq=False)
+class StepStats:
+    """What clipping did in one step. Nothing here waits for the device until it is converted to a number.
+
+    `S` is the number of scopes; all values are global, none is a DTensor.
+
+    Attributes:
+        row: The packed row: host floats on CPU, otherwise a float64 tensor on the device.
+        sizes: What was measured in each scope, before clipping, `(S,)`.
+        limits: What was allowed in each scope, `(S,)`; +inf where there is no limit.
+        scopes: The names of the scopes.
+    """
+
+    row: Row | Tensor
+    sizes: Tensor
+    limits: Tensor
+    scopes: tuple[str, ...]
+
+    @property
+    def norm(self) -> Tensor:
+        """Joint p-norm of the selected gradients before clipping, after unscaling and averaging, 0-d."""
+        return self._field("norm")
+
+    @property
+    def norm_clipped(self) -> Tensor:
+        """Joint p-norm of what the optimizer receives, 0-d; 0 for a dropped step."""
+        return self._field("norm_clipped")
+
+    @property
+    def limit(self) -> Tensor:
+        """The limit, 0-d; NaN where there is more than one scope."""
+        return self._field("limit")
+
+    @property
+    def coef(self) -> Tensor:
+        """The smallest coefficient applied to a scope, 0-d; 1 where nothing was clipped, 0 for a dropped step."""
+        return self._field("coef")
+
+    @property
+    def clipped(self) -> Tensor:
+        """Fraction of the scopes over their limit, 0-d."""
+        return self._field("clipped")
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether every selected gradient was finite, 0-d boolean."""
+        return self._field("finite") != 0
+
+    @property
+    def skipped(self) -> Tensor:
+        """Whether the optimizer step is dropped, by the clipper or on overflow by the GradScaler, 0-d boolean."""
+        return self._field("skipped") != 0
+
+    def _field(self, name: str) -> Tensor:
+        position = Row._fields.index(name)
+        if isinstance(self.row, Tensor):
+            return self.row[position]
+        return torch.tensor(self.row[position], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Sizes, limits and coefficients of one step, before anything is done about them.
+
+    Attributes:
+        norms: Norm of each parameter, `(P,)`.
+        sizes: Statistic of each scope, `(S,)`.
+        limits: Limit of each scope, `(S,)`.
+        coefs: Coefficient of each scope, `(S,)`; exactly 1 where nothing is to be done.
+        row: The packed row of a step that goes ahead.
+        measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
+    """
+
+    norms: Tensor
+    sizes: Tensor
+    limits: Tensor
+    coefs: Tensor
+    row: Tensor | Row
+    measured: Tensor | None
+
+
+def pack(
+    norm: Tensor,
+    scope_norms: Tensor,
+    sizes: Tensor,
+    limits: Tensor,
+    coefs: Tensor,
+    norm_type: float,
+) -> Tensor:
+    """The row of a step that is neither dropped nor overflowing, `(len(Row._fields),)`, without a host read."""
+    zero, one = torch.zeros_like(norm), torch.ones_like(norm)
+    some = sizes.numel() > 0
+    over = (sizes > limits) & torch.isfinite(sizes)
+    values = {
+        "norm": norm,
+        "norm_clipped": measure.joint_norm(scope_norms * coefs, norm_type),
+        "limit": limits[0] if limits.numel() == 1 else one * math.nan,
+        "coef": coefs.amin() if some else one,
+        "clipped": over.to(norm.dtype).mean() if some else zero,
+        "finite": torch.isfinite(norm).to(norm.dtype),
+        "skipped": zero,
+        "changed": (coefs != 1).any().to(norm.dtype),
+        "overflow": zero,
+    }
+    return torch.stack([values[name] for name in Row._fields])

@@ -1,0 +1,176 @@
+"""The steps between two log events: buffered rows, aggregated by torchmetrics when somebody looks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
+
+from lightning_gradclip.stats import Row
+
+_CAPACITY = 1024
+
+
+class Window:
+    """Every step since the last `clear`, in bounded memory, and counts since the start.
+
+    A step costs one append. A full buffer is folded into the running aggregates; so is an open one when the
+    aggregates are asked for.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[Row | Tensor] = []
+        self._scope_norms: list[Tensor] = []
+        self._scopes: tuple[str, ...] = ()
+        self._metrics: dict[str, Metric] = {
+            "norm": _float64(MeanMetric),
+            "norm_clipped": _float64(MeanMetric),
+            "norm_max": _float64(MaxMetric),
+            "limit": _float64(MeanMetric),
+            "coef_min": _float64(MinMetric),
+            "clip_rate": _float64(MeanMetric),
+        }
+        self._by_scope: dict[str, Metric] = {}
+        self._counts: dict[str, Metric] = {name: _float64(SumMetric) for name in ("skipped", "nonfinite", "overflows")}
+
+    def add(self, row: Row | Tensor) -> None:
+        """Record one step; the tensor must not be written again."""
+        self._rows.append(row)
+        if len(self._rows) >= _CAPACITY:
+            self._fold()
+
+    def add_scopes(self, names: tuple[str, ...], norms: Tensor) -> None:
+        """Record the norms of the measured scopes of the same step, `(len(names),)`; NaN for absent ones."""
+        if names != self._scopes:
+            self._fold_scopes()
+            self._scopes = names
+        self._scope_norms.append(norms)
+        if len(self._scope_norms) >= _CAPACITY:
+            self._fold_scopes()
+
+    def compute(self) -> dict[str, float]:
+        """Means, maximum, minimum and rate over the steps since the last `clear`; counts since the start.
+
+        Without a finite step in the window its norms are left out.
+        """
+        self._fold()
+        self._fold_scopes()
+        result = {name: _value(metric) for name, metric in self._metrics.items() if _seen(metric)}
+        for name in ("skipped", "nonfinite"):
+            result[name] = _value(self._counts[name]) if _seen(self._counts[name]) else 0.0
+        if _seen(self._counts["overflows"]) and (overflows := _value(self._counts["overflows"])):
+            result["overflows"] = overflows
+        result.update((f"norm/{name}", _value(metric)) for name, metric in self._by_scope.items() if _seen(metric))
+        return result
+
+    def clear(self) -> None:
+        """Begin a new window; the counts go on."""
+        self._fold()
+        self._fold_scopes()
+        for metric in (*self._metrics.values(), *self._by_scope.values()):
+            metric.reset()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was recorded since the last `clear`."""
+        return not self._rows and not _seen(self._metrics["clip_rate"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+        return {
+            "rows": self._matrix(),
+            "scopes": list(self._scopes),
+            "scope_norms": _stacked(self._scope_norms, len(self._scopes)),
+            "metrics": _states(self._metrics),
+            "by_scope": _states(self._by_scope),
+            "counts": _states(self._counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off, to the bit."""
+        self._rows = [Row(*values) for values in state["rows"].tolist()]
+        self._scopes = tuple(state["scopes"])
+        self._scope_norms = list(state["scope_norms"].unbind())
+        self._by_scope = {name: _float64(MeanMetric) for name in state["by_scope"]}
+        for metrics, saved in (
+            (self._metrics, state["metrics"]),
+            (self._by_scope, state["by_scope"]),
+            (self._counts, state["counts"]),
+        ):
+            for name, metric in metrics.items():
+                if name in saved:
+                    _restore(metric, saved[name])
+
+    def _matrix(self) -> Tensor:
+        """The buffered rows on the host: one packed copy."""
+        on_host = [row for row in self._rows if not isinstance(row, Tensor)]
+        on_device = [row for row in self._rows if isinstance(row, Tensor)]
+        matrix = torch.tensor(on_host, dtype=torch.float64).view(-1, len(Row._fields))
+        # Rows on the host come from a checkpoint where the others are on a device: they are older.
+        return torch.cat((matrix, torch.stack(on_device).cpu().double())) if on_device else matrix
+
+    def _fold(self) -> None:
+        if not self._rows:
+            return
+        columns = dict(zip(Row._fields, self._matrix().unbind(1), strict=True))
+        self._rows = []
+        finite, overflow = columns["finite"] != 0, columns["overflow"] != 0
+        for name, column, counted in (
+            ("norm", "norm", finite),
+            ("norm_clipped", "norm_clipped", finite),
+            ("norm_max", "norm", finite),
+            ("limit", "limit", finite & torch.isfinite(columns["limit"])),
+            ("coef_min", "coef", finite),
+        ):
+            _update(self._metrics[name], columns[column][counted])
+        _update(self._metrics["clip_rate"], columns["changed"])
+        _update(self._counts["skipped"], columns["skipped"][~overflow])
+        _update(self._counts["nonfinite"], (~finite & ~overflow).to(torch.float64))
+        _update(self._counts["overflows"], columns["overflow"])
+
+    def _fold_scopes(self) -> None:
+        if not self._scope_norms:
+            return
+        matrix = _stacked(self._scope_norms, len(self._scopes))
+        self._scope_norms = []
+        for name, column in zip(self._scopes, matrix.unbind(1), strict=True):
+            metric = self._by_scope.setdefault(name, _float64(MeanMetric))
+            _update(metric, column[torch.isfinite(column)])
+
+
+def _float64(kind: type[MeanMetric | MaxMetric | MinMetric | SumMetric]) -> Metric:
+    # Every rank has seen the same global values, so there is nothing to synchronise.
+    return kind(sync_on_compute=False).set_dtype(torch.float64)
+
+
+def _update(metric: Metric, values: Tensor) -> None:
+    if values.numel():
+        metric.update(values)
+
+
+def _seen(metric: Metric) -> bool:
+    return metric.update_called
+
+
+def _value(metric: Metric) -> float:
+    return float(metric.compute())
+
+
+def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
+    return torch.stack(list(rows)).cpu() if rows else torch.zeros(0, width, dtype=torch.float64)
+
+
+def _states(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: torch.as_tensor(value).detach().clone() for key, value in metric.metric_state.items()}
+        for name, metric in metrics.items()
+        if _seen(metric)
+    }
+
+
+def _restore(metric: Metric, state: Mapping[str, Tensor]) -> None:
+    metric.persistent(True)
+    metric.load_state_dict(dict(state))
+    # An empty update marks the metric as seen without changing its value.
+    metric.update(torch.empty(0, dtype=torch.float64))

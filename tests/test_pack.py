@@ -1,0 +1,256 @@
+"""The Hydra pack, composed by an application that knows nothing about it.
+
+The package must be installed (`pip install -e .` will do): Hydra finds the pack by its metadata.
+"""
+
+import inspect
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_gradclip import GradientClipping
+
+PACK = files("lightning_gradclip.conf") / "callbacks" / "gradclip"
+METHODS = files("lightning_gradclip.methods")
+
+OPTIONS = sorted(
+    file.name.removesuffix(".yaml")
+    for file in PACK.iterdir()
+    if file.name.endswith(".yaml") and not file.name.startswith("_")
+)
+# A method's YAML is named like its module; the other options are presets.
+METHOD_OPTIONS = [name for name in OPTIONS if (METHODS / f"{name}.py").is_file()]
+
+# Hydra 1.3 wraps what a constructor raises, Hydra 1.4 adds the key to it.
+REFUSED = (InstantiationException, TypeError)
+
+TRAIN = """
+import json, sys
+import hydra
+from omegaconf import OmegaConf
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg):
+    print(json.dumps({"cfg": OmegaConf.to_container(cfg), "modules": sorted(sys.modules)}))
+
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Somebody's application, in a directory of its own."""
+    root = tmp_path_factory.mktemp("application")
+    written = {
+        "train.py": TRAIN,
+        "configs/train.yaml": "seed: 1\n",
+        "configs/train_clipped.yaml": "defaults: [_self_, {callbacks/gradclip: norm}]\n",
+        "configs/callbacks/checkpoint.yaml": "checkpoint: {_target_: builtins.dict}\n",
+        "configs/callbacks/gradclip/mine.yaml": ("defaults: [norm, _self_]\nname: mine\nmethod: {max_norm: 0.1}\n"),
+    }
+    for name, text in written.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def composed(application: Path, *overrides: str, config_name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(application / "configs"), version_base="1.3"):
+        return compose(config_name, list(overrides))
+
+
+def run(application: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Start the application as its user does."""
+    unwritten = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=stdout"]
+    return subprocess.run(
+        [sys.executable, "train.py", *overrides, *unwritten],
+        cwd=application,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def started(application: Path) -> dict:
+    process = run(application, "+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm=0.5")
+    assert process.returncode == 0, process.stderr
+    # Hydra's plugin scanner would warn every user about a plugin it cannot load.
+    assert "plugin" not in process.stderr.lower()
+    return json.loads(process.stdout)
+
+
+def test_an_application_gets_the_callback_without_a_file_of_its_own(started: dict) -> None:
+    assert started["cfg"]["seed"] == 1
+    node = started["cfg"]["callbacks"]["gradclip"]
+    assert node["_target_"] == "lightning_gradclip.GradientClipping"
+    assert node["method"]["_target_"] == "lightning_gradclip.NormClip"
+    assert node["method"]["max_norm"] == 0.5
+
+
+def test_composing_imports_neither_torch_nor_lightning(started: dict) -> None:
+    roots = {name.split(".")[0] for name in started["modules"]}
+    assert {"hydra", "lightning_gradclip"} <= roots
+    heavy = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy"}
+    assert not heavy & roots
+
+
+def test_a_typo_on_the_command_line_shows_key_value_and_remedy(application: Path) -> None:
+    process = run(application, "+callbacks/gradclip=norm", "callbacks.gradclip.method.max_nrm=0.5")
+    assert process.returncode == 1
+    assert "callbacks.gradclip.method.max_nrm=0.5" in process.stderr
+    assert "'max_nrm' is not in struct" in process.stderr
+
+
+def test_the_group_moves_with_its_package(application: Path) -> None:
+    cfg = composed(application, "+callbacks/gradclip@gradclip=norm", "gradclip.method.max_norm=2")
+    assert cfg.gradclip.method.max_norm == 2
+    assert "callbacks" not in cfg
+
+
+def test_two_callbacks_at_once(application: Path) -> None:
+    cfg = composed(
+        application,
+        "+callbacks/gradclip@callbacks.watch=monitor",
+        "+callbacks/gradclip@callbacks.clip=norm",
+        "callbacks.watch.name=before",
+    )
+    assert list(cfg.callbacks) == ["watch", "clip"]
+    watch, clip = instantiate(cfg.callbacks).values()
+    assert isinstance(watch, GradientClipping)
+    assert isinstance(clip, GradientClipping)
+
+
+def test_the_application_keeps_its_own_callbacks(application: Path) -> None:
+    cfg = composed(application, "+callbacks=checkpoint", "+callbacks/gradclip=norm")
+    assert list(cfg.callbacks) == ["checkpoint", "gradclip"]
+
+
+def test_monitor_has_no_method(application: Path) -> None:
+    cfg = composed(application, "+callbacks/gradclip=monitor")
+    assert cfg.callbacks.gradclip.method is None
+
+
+def test_none_replaces_an_applications_default(application: Path) -> None:
+    cfg = composed(application, "callbacks/gradclip=none", config_name="train_clipped")
+    assert type(instantiate(cfg.callbacks).gradclip) is Callback
+
+
+def test_a_schedule_is_one_override(application: Path) -> None:
+    cfg = composed(
+        application,
+        "+callbacks/gradclip=norm",
+        "callbacks.gradclip.method.max_norm={0:10,1000:1}",
+    )
+    assert cfg.callbacks.gradclip.method.max_norm == {0: 10, 1000: 1}
+    # The constructor copies it: a checkpoint must not hold a configuration object.
+    assert type(instantiate(cfg.callbacks.gradclip.method).max_norm) is dict
+
+
+def test_an_applications_option_builds_on_the_pack(application: Path) -> None:
+    node = composed(application, "+callbacks/gradclip=mine").callbacks.gradclip
+    assert (node.name, node.method.max_norm, node.method.per) == ("mine", 0.1, "model")
+
+
+def test_an_applications_file_wins_over_the_packs(application: Path, tmp_path: Path) -> None:
+    own = tmp_path / "configs" / "callbacks" / "gradclip" / "norm.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("own: true\n")
+    (tmp_path / "configs" / "train.yaml").write_text("seed: 1\n")
+    cfg = composed(tmp_path, "+callbacks/gradclip=norm")
+    assert cfg.callbacks.gradclip == {"own": True}
+
+
+def test_the_pack_can_be_named_on_the_search_path(application: Path) -> None:
+    cfg = composed(
+        application,
+        "hydra.searchpath=[pkg://lightning_gradclip.conf]",
+        "+callbacks/gradclip=norm",
+    )
+    assert cfg.callbacks.gradclip.method.max_norm == 1.0
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_instantiates(application: Path, name: str) -> None:
+    cfg = composed(application, f"+callbacks/gradclip={name}")
+    assert isinstance(instantiate(cfg.callbacks).gradclip, Callback)
+
+
+def plain(value: object) -> object:
+    """The value as YAML has it: tuples are lists."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def defaults_of(cls: type) -> dict[str, object]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: plain(p.default) for p in parameters if p.default is not p.empty}
+
+
+def options_of(node: DictConfig) -> dict[str, object]:
+    return {str(key): plain(value) for key, value in node.items() if key != "_target_"}
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+def test_a_methods_file_holds_every_argument_at_its_default(application: Path, name: str) -> None:
+    node = composed(application, f"+callbacks/gradclip={name}").callbacks.gradclip.method
+    # Compared as text: 1 and 1.0 are equal, and not the same default.
+    assert repr(options_of(node)) == repr(defaults_of(get_class(node._target_)))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in METHOD_OPTIONS])
+def test_a_presets_keys_are_arguments(application: Path, name: str) -> None:
+    node = composed(application, f"+callbacks/gradclip={name}").callbacks.gradclip
+    for part in (node, node.get("method")):
+        if part is not None:
+            accepted = inspect.signature(get_class(part._target_)).parameters
+            assert options_of(part).keys() <= accepted.keys()
+
+
+def test_the_shared_file_holds_every_option_at_its_default() -> None:
+    with (PACK / "_callback.yaml").open() as file:
+        node = OmegaConf.load(file)
+    assert OmegaConf.is_missing(node, "method")
+    del node["method"]
+    defaults = defaults_of(GradientClipping)
+    # Python's default stands for "required" and is refused like a missing value.
+    del defaults["method"]
+    assert repr(options_of(node)) == repr(defaults)
+
+
+def test_an_unknown_option_is_answered_with_the_known_ones(application: Path) -> None:
+    with pytest.raises(MissingConfigException, match=r"callbacks/gradclip/nrom'[\s\S]*\n\tnorm"):
+        composed(application, "+callbacks/gradclip=nrom")
+
+
+def test_a_missing_plus_is_explained(application: Path) -> None:
+    with pytest.raises(ConfigCompositionException, match=r"\+callbacks/gradclip=norm"):
+        composed(application, "callbacks/gradclip=norm")
+
+
+def test_an_unknown_argument_is_named(application: Path) -> None:
+    node = composed(application, "+callbacks/gradclip=norm", "+callbacks.gradclip.method.max_nrm=1")
+    with pytest.raises(REFUSED, match="max_nrm"):
+        instantiate(node.callbacks)
+
+
+@pytest.mark.parametrize("value", ["maybe", "true", "[1,2]", "null"])
+def test_a_value_of_the_wrong_type_is_named_with_its_key(application: Path, value: str) -> None:
+    override = f"callbacks.gradclip.method.max_norm={value}"
+    node = composed(application, "+callbacks/gradclip=norm", override).callbacks.gradclip
+    shown = repr(OmegaConf.to_container(node)["method"]["max_norm"])
+    with pytest.raises(REFUSED) as failure:
+        instantiate(node)
+    assert "max_norm must be a number" in str(failure.value)
+    assert shown in str(failure.value)
