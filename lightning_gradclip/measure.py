@@ -34,9 +34,9 @@ def parameter_norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tenso
         return torch.zeros(len(tensors), dtype=torch.float64)
     device = present[0].device
     values = [dense_values(tensor) for tensor in present]
-    norms = _together(_fast_norms(values, norm_type), device)
+    norms = _fast_norms(values, norm_type, device)
     if device.type == "cpu":
-        # The host looks only where that costs nothing; elsewhere the guard asks for `exact` when the sum is suspect.
+        # The host looks only where that costs nothing; elsewhere the caller asks for `exact_norms` if need be.
         norms = _measured_again(values, norms, norm_type)
     return norms if len(present) == len(tensors) else _spread(norms, tensors)
 
@@ -94,15 +94,31 @@ def dense_values(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
-def _fast_norms(values: Sequence[Tensor], norm_type: float) -> list[Tensor]:
-    return [_fast_norm(value, norm_type) for value in values]
+def _fast_norms(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Norms, `(len(values),)`: large CPU tensors by rows, all others of a kind in one call."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    by_rows: list[int] = []
+    for i, value in enumerate(values):
+        if value.device.type == "cpu" and value.numel() >= _LARGE:
+            by_rows.append(i)
+        elif value.numel():
+            alike.setdefault((value.device, value.dtype), []).append(i)
+    found = [(i, _row_norm(values[i], norm_type)) for i in by_rows]
+    for (_, dtype), places in alike.items():
+        norms = _foreach_norm([values[i] for i in places], norm_type, _accumulator(dtype))
+        if len(places) == len(values):
+            return torch.stack(norms).to(device, _widest(device))
+        found += zip(places, norms, strict=True)
+    result = [torch.zeros((), device=device)] * len(values)
+    for i, norm in found:
+        result[i] = norm
+    return _together(result, device)
 
 
-def _fast_norm(value: Tensor, norm_type: float) -> Tensor:
-    wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None
-    if value.numel() == 0:
-        return torch.zeros((), device=value.device)
-    if value.device.type != "cpu" or value.numel() < _LARGE or not (value := _in_memory_order(value)).is_contiguous():
+def _row_norm(value: Tensor, norm_type: float) -> Tensor:
+    value = _in_memory_order(value)
+    wide = _accumulator(value.dtype)
+    if not value.is_contiguous():
         return _vector_norm(value, norm_type, dtype=wide)
     flat = value.view(-1)
     whole = flat.numel() // _COLUMNS * _COLUMNS
@@ -110,6 +126,15 @@ def _fast_norm(value: Tensor, norm_type: float) -> Tensor:
     if whole < flat.numel():
         rows = torch.cat((rows, _vector_norm(flat[whole:], norm_type, dtype=wide).view(1)))
     return _vector_norm(rows, norm_type, dtype=torch.float64)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _foreach_norm(values: list[Tensor], norm_type: float, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    # What torch.nn.utils.clip_grad_norm_ calls; it has no public name, and wants tensors that are not empty.
+    return torch._foreach_norm(values, norm_type, dtype=dtype)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 def _in_memory_order(value: Tensor) -> Tensor:
@@ -141,14 +166,17 @@ def _exact_norm(value: Tensor, norm_type: float) -> Tensor:
 
 def _together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
     wide = _widest(device)
-    return torch.stack([norm.to(device=device, dtype=wide) for norm in norms])
+    if len({(norm.device, norm.dtype) for norm in norms}) == 1:
+        return torch.stack(list(norms)).to(device, wide)
+    return torch.stack([norm.to(device, wide) for norm in norms])
 
 
 def _spread(norms: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     """Norms of the tensors that are there among zeros for those that are not."""
-    zero = norms.new_zeros(())
-    found = iter(norms.unbind())
-    return torch.stack([zero if tensor is None else next(found) for tensor in tensors])
+    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    spread = norms.new_zeros(len(tensors))
+    spread[torch.tensor(places, device=norms.device)] = norms
+    return spread
 
 
 def _widest(device: torch.device) -> torch.dtype:

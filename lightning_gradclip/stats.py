@@ -87,27 +87,6 @@ class StepStats:
         return torch.tensor(self.row[position], dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Sizes, limits and coefficients of one step, before anything is done about them.
-
-    Attributes:
-        norms: Norm of each parameter, `(P,)`.
-        sizes: Statistic of each scope, `(S,)`.
-        limits: Limit of each scope, `(S,)`.
-        coefs: Coefficient of each scope, `(S,)`; exactly 1 where nothing is to be done.
-        row: The packed row of a step that goes ahead.
-        measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
-    """
-
-    norms: Tensor
-    sizes: Tensor
-    limits: Tensor
-    coefs: Tensor
-    row: Tensor | Row
-    measured: Tensor | None
-
-
 def pack(
     norm: Tensor,
     scope_norms: Tensor,
@@ -132,3 +111,9 @@ def pack(
         "overflow": zero,
     }
     return torch.stack([values[name] for name in Row._fields])
+
+
+def untouched(norm: float, limits: Tensor) -> Row:
+    """The row of a step on the host in which every scope is finite and within its limit."""
+    limit = limits.item() if limits.numel() == 1 else math.nan
+    return Row(norm, norm, limit, coef=1.0, clipped=0.0, finite=1.0, skipped=0.0, changed=0.0, overflow=0.0)

@@ -1,0 +1,55 @@
+# Every target sets up what it needs in .venv; nothing but Python >= 3.10 and make has to be there.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-packaging lint types check format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.ready  ## train a recurrent network on English text, clipped and logged (about two minutes)
+	@echo "==> Training the demo; try also: $(BIN)/python examples/train.py --help"
+	$(BIN)/python examples/train.py
+
+test: $(VENV)/.ready  ## run the tests
+	@echo "==> Running the tests"
+	$(BIN)/python -m pytest
+
+test-packaging: $(VENV)/.ready-dev  ## build wheel and sdist and install each into a fresh environment
+	@echo "==> Building and installing the distributions"
+	$(BIN)/python -m pytest -m packaging
+
+lint: $(VENV)/.ready-dev  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev  ## check types of the package, strictly
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test test-packaging  ## everything that a pull request must pass
+
+format: $(VENV)/.ready-dev  ## rewrite the files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and everything that was written
+	rm -rf $(VENV) outputs multirun dist build .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.venv:
+	@echo "==> Making a virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or later is needed, {sys.executable} is {v}; run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS)
+	@echo "==> Installing the package and what it needs (torch is large: this can take minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "==> Installing the development tools"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,146 @@
+"""Gradients to sizes, limits and coefficients: everything about a step that is known before acting on it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import learned, measure, reduce
+from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select import Scopes, Selection
+from lightning_gradclip.stats import Row, pack, untouched
+
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step before anything is done about it.
+
+    Attributes:
+        norms: Norm of each parameter, `(P,)`.
+        sizes: Statistic of each scope, `(S,)`.
+        limits: Limit of each scope, `(S,)`.
+        coefs: Coefficient of each scope, `(S,)`, exactly 1 where nothing is to be done; None: all are 1.
+        row: The packed row of a step that goes ahead; on the host where the host decides.
+        measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
+    """
+
+    norms: Tensor
+    sizes: Tensor
+    limits: Tensor
+    coefs: Tensor | None
+    row: Tensor | Row
+    measured: Tensor | None
+
+
+class Limiter:
+    """Runs one method over the parameters of one optimizer and keeps its learned values in order.
+
+    Args:
+        method: The method; changed only by `learn` and `load_state_dict`.
+        measure_per: Kind of the scopes whose norms are recorded as well, if any.
+        on_host: Whether the host reads the packed row on devices where that is a synchronisation.
+    """
+
+    def __init__(self, method: ClipMethod, measure_per: str | None, *, on_host: bool) -> None:
+        self._method = method
+        self._measure_per = measure_per
+        self._on_host = on_host
+        self._rows_of: tuple[str, ...] = ()
+        self._arranged: Scopes | None = None
+
+    def serve(self, selection: Selection) -> None:
+        """Take over the parameters of this selection; learned values follow their scopes' names."""
+        self._params = selection.params
+        self.scopes = selection.scopes(self._method.per)
+        self.measured = selection.scopes(self._measure_per) if self._measure_per else None
+
+    def judge(self, gradients: Gradients, step: int, scale: float | Tensor = 1.0) -> Outcome:
+        """Measure, reduce and limit; once more in wide arithmetic when the fast sum left its range.
+
+        Args:
+            gradients: Gradient of each selected parameter, None where absent.
+            step: Steps taken before this one.
+            scale: What the gradients are still multiplied by.
+        """
+        p = self._method.norm_type
+        outcome = self._outcome(gradients, measure.parameter_norms(gradients, p), step, scale)
+        row, device = outcome.row, outcome.norms.device
+        if device.type != "cpu" and isinstance(row, Row) and measure.is_suspect(row.norm, p):
+            outcome = self._outcome(gradients, measure.exact_norms(gradients, p), step, scale)
+        return outcome
+
+    def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
+        """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
+        if whole is False or not self._method.adaptive:
+            return
+        active = torch.isfinite(outcome.sizes) & (outcome.sizes > 0)
+        self._method.update(outcome.sizes, outcome.limits, active if whole is True else active & whole)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Learned values by scope name, with their fingerprint."""
+        return learned.save(self._method, self._rows_of)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over learned values; they are arranged and moved to the device at the next step."""
+        learned.require_same_meaning(self._method, state)
+        self._rows_of = tuple(state["scopes"])
+        self._method.load_state_dict(state["values"])
+        self._arranged = None
+
+    def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
+        method, p = self._method, self._method.norm_type
+        norms = reduce.global_sizes(local_norms)
+        if scale != 1.0:
+            norms = norms / scale
+        scope_norms = measure.scope_norms(norms, self.scopes, p)
+        sizes = scope_norms
+        if method.statistic == "rms":
+            sizes = scope_norms / self._root_counts(gradients, norms)
+        self._arrange(sizes)
+        limits = method.limit(sizes, self._weights() if method.needs_weight else None, step)
+        if method.adaptive:
+            # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
+            limits = torch.where(limits > 0, limits, math.inf)
+        measured = self._measured_norms(gradients, norms)
+        joint = measure.joint_norm(norms, p) if len(sizes) != 1 else scope_norms[0]
+        # On CPU the host looks for free, and most steps have nothing to be scaled.
+        looks = sizes.device.type == "cpu" and not method.may_grow
+        if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
+            return Outcome(norms, sizes, limits, None, untouched(norm, limits), measured)
+        coefs = torch.where(torch.isfinite(sizes), method.coef(sizes, limits), 1.0)
+        row: Row | Tensor = pack(joint, scope_norms, sizes, limits, coefs, p)
+        if self._on_host or row.device.type == "cpu":
+            row = Row(*row.tolist())
+        return Outcome(norms, sizes, limits, coefs, row, measured)
+
+    def _measured_norms(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
+        if self.measured is None:
+            return None
+        members = self.measured.members
+        absent = [scope for scope, ones in enumerate(members) if all(gradients[i] is None for i in ones)]
+        result = measure.scope_norms(norms, self.measured, self._method.norm_type)
+        if absent:
+            result = result.clone()
+            result[absent] = math.nan
+        return result
+
+    def _root_counts(self, gradients: Gradients, norms: Tensor) -> Tensor:
+        """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
+        counts = [0 if gradient is None else gradient.numel() for gradient in gradients]
+        sums = [max(1, sum(counts[i] for i in ones)) for ones in self.scopes.members]
+        return torch.tensor([math.sqrt(one) for one in sums], dtype=norms.dtype, device=norms.device)
+
+    def _weights(self) -> Tensor:
+        norms = reduce.global_sizes(measure.parameter_norms(self._params, self._method.norm_type))
+        return measure.scope_norms(norms, self.scopes, self._method.norm_type)
+
+    def _arrange(self, sizes: Tensor) -> None:
+        if self._arranged is not self.scopes:
+            learned.arrange(self._method, self._rows_of, self.scopes.names, sizes)
+            self._rows_of = self.scopes.names
+            self._arranged = self.scopes
