@@ -14,9 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 class CharData(LightningDataModule):
     """Random windows of a text for training, the end of the text for validation."""
 
-    def __init__(
-        self, path: str | None, length: int, batch_size: int, val_fraction: float, seed: int
-    ):
+    def __init__(self, path: str | None, length: int, batch_size: int, val_fraction: float, seed: int):
         super().__init__()
         text = python_manual() if path is None else read_text(path)
         self.source = "the Python manual" if path is None else path
@@ -82,9 +80,7 @@ class RandomWindows(IterableDataset):
         first = self.trainer.global_step * self.trainer.accumulate_grad_batches
         for number in range(first, first + self.batches):
             random = np.random.default_rng([data.seed, number])
-            starts = torch.from_numpy(
-                random.integers(len(codes) - data.length, size=data.batch_size)
-            )
+            starts = torch.from_numpy(random.integers(len(codes) - data.length, size=data.batch_size))
             mine = starts[self.trainer.global_rank :: self.trainer.world_size]
             windows = codes[mine[:, None] + offsets]
             yield windows[:, :-1], windows[:, 1:]
@@ -102,6 +98,5 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error.reason
         raise ValueError(
-            f"cannot read data.path={path}: {reason}; give a UTF-8 text file, "
-            "or data.path=null for the Python manual"
+            f"cannot read data.path={path}: {reason}; give a UTF-8 text file, or data.path=null for the Python manual"
         ) from error

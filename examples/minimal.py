@@ -28,6 +28,12 @@ noise = torch.distributions.StudentT(1.5).sample((2048, 1))
 batches = DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True) + noise), batch_size=32)
 
 clipping = GradientClipping(NormClip(max_norm=10.0))
-trainer = Trainer(max_epochs=2, callbacks=[clipping], logger=False, enable_checkpointing=False)
+trainer = Trainer(
+    max_epochs=2,
+    callbacks=[clipping],
+    logger=False,
+    enable_checkpointing=False,
+    enable_model_summary=False,
+)
 trainer.fit(Regression(), batches)
 print("gradclip/norm", trainer.callback_metrics["gradclip/norm"])

@@ -24,10 +24,10 @@ Log = dict[str, list[tuple[int, float]]]  # the (step, value) pairs of each metr
 def announce(config: DictConfig, data: CharData, model: CharModel, trainer: Trainer) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters())
     size = len(data.train_codes) + len(data.val_codes)
-    clipping = HydraConfig.get().runtime.choices.get("callbacks/gradclip", "none")
     node = config.callbacks.get("gradclip")
+    clipping = HydraConfig.get().runtime.choices.get("callbacks/gradclip") if node else "none"
     if node and node.get("method"):
-        clipping += f": {described(node.method)}"
+        clipping = f"{clipping}: {described(node.method)}, action={node.action}"
     rows = {
         "model": f"{described(config.model)}, {weights:,} weights",
         "text": f"{data.source}, {size:,} characters, {len(data.characters)} different ones",
@@ -40,11 +40,13 @@ def announce(config: DictConfig, data: CharData, model: CharModel, trainer: Trai
     show("Training a character-level language model", rows)
 
 
-def conclude(data: CharData, trainer: Trainer, stopped: str | None) -> None:
+def conclude(config: DictConfig, data: CharData, trainer: Trainer, stopped: str | None) -> None:
     log = read_log(trainer)
-    # A resumed run reports on the steps that it took itself.
-    first = log["train/loss"][0][0] if "train/loss" in log else 1
-    rows = {"steps": f"{first:,} to {trainer.global_step:,}"} | clipping_rows(log)
+    rows = {"steps": f"{trainer.global_step:,}"}
+    if config.ckpt_path:
+        rows["steps"] += " in all; below, those since the checkpoint"
+    node = config.callbacks.get("gradclip") or {}
+    rows |= clipping_rows(log, "would clip" if node.get("action") == "observe" else "clipped")
     loss = float(trainer.callback_metrics.get("val/loss", math.nan))
     peak = loss
     if "train/loss" in log:
@@ -63,16 +65,16 @@ def conclude(data: CharData, trainer: Trainer, stopped: str | None) -> None:
         say("Training diverged: the loss exploded and the model does no better than guessing.")
 
 
-def clipping_rows(log: Log) -> dict[str, str]:
+def clipping_rows(log: Log, clipped: str) -> dict[str, str]:
     if "gradclip/norm" not in log:
         return {"gradient norm": "not recorded"}
     # The percentiles are those of all steps as long as log_every_n_steps=1.
     norms = [norm for _, norm in log["gradclip/norm"]]
     half, most, nearly_all = np.percentile(norms, [50, 90, 99])
     step, largest = highest(log["gradclip/norm_max"])
-    clipped = np.mean([rate for _, rate in log["gradclip/clip_rate"]])
+    rate = np.mean([rate for _, rate in log["gradclip/clip_rate"]])
     rows = {
-        "clipped": f"{clipped:.1%} of the steps",
+        clipped: f"{rate:.1%} of the steps",
         "gradient norm": f"median {half:.3g}, 90th percentile {most:.3g}, 99th {nearly_all:.3g}",
         "largest norm": f"{largest:,.4g} at step {step:,}",
     }

@@ -13,6 +13,7 @@ import sys
 import warnings
 
 import hydra
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
@@ -24,6 +25,7 @@ from summary import announce, conclude, sample
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
     quieten()
+    torch.set_num_threads(config.threads)
     seed_everything(config.seed, verbose=False)
     try:
         data = instantiate(config.data)
@@ -48,7 +50,7 @@ def main(config: DictConfig) -> float:
     except (MisconfigurationException, FileNotFoundError) as error:
         sys.exit(str(error))
     if trainer.is_global_zero:
-        conclude(data, trainer, stopped)
+        conclude(config, data, trainer, stopped)
         sample(config, data, model)
 
     metrics = trainer.callback_metrics

@@ -29,14 +29,3 @@ def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
 def pending_scale(scaler: GradScaler, optimizer: Optimizer) -> float | torch.Tensor:
     """The factor that the gradients still carry."""
     return 1.0 if is_unscaled(scaler, optimizer) else scaler.get_scale()
-
-
-def will_step(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether Lightning goes on to the optimizer's step after its hooks.
-
-    When `training_step` returned None it neither unscales nor steps, and unscaling here would be one too many.
-    Optimizers that unscale inside their step always reach the hook scaled.
-    """
-    if not scaler.is_enabled() or is_unscaled(scaler, optimizer):
-        return True
-    return getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -90,7 +90,8 @@ class GradientClipping(Callback):
         self.method = method
         self.name = name
         self.optimizer = optimizer
-        self.log = checks.flag("log", log)
+        # Lightning puts the module's `log` on every callback, so that name is taken.
+        self._logs = checks.flag("log", log)
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = checks.flag("prog_bar", prog_bar)
         self._options: dict[str, Any] = {
@@ -105,6 +106,7 @@ class GradientClipping(Callback):
         self._clippers: dict[int, Clipper] = {}
         self._saved: dict[int, Any] = {}
         self._several = False
+        self._had_backward = False
 
     @property
     def state_key(self) -> str:
@@ -127,12 +129,19 @@ class GradientClipping(Callback):
                 "use one of these, or optimizer=None for every optimizer"
             )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._had_backward = False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._had_backward = True
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = _position(trainer, optimizer)
         if self.optimizer is not None and index != self.optimizer:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and not amp.will_step(scaler, optimizer):
+        if amp.is_enabled(scaler) and pl_module.automatic_optimization and not self._had_backward:
+            # training_step returned None: under a scaler Lightning neither unscales nor steps.
             return
         clipper = self._clippers.get(index)
         if clipper is None:
@@ -142,31 +151,27 @@ class GradientClipping(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.log and self._logs_now(trainer, pl_module):
+        if self._logs and (self._logs_now(trainer, pl_module) or _ends_now(trainer)):
+            # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             self._flush(trainer, _batches(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
-        if self.log and not trainer.sanity_checking:
+        if self._logs and not trainer.sanity_checking:
             self._show(trainer, dict(self._metrics(clear=False)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.log:
-            return
-        if _was_last_epoch(trainer):
-            # Before the checkpoint of this epoch, so that a resumed run does not log these steps again.
-            self._flush_rest(trainer)
-        else:
+        if self._logs:
             self._show(trainer, dict(self._metrics(clear=False)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.log:
-            self._flush_rest(trainer)
+        if self._logs:
+            self._flush_rest(trainer, max(0, _batches(trainer) - 1))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The steps that led here; after other errors the device may not answer any more.
-        if self.log and isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
-            self._flush_rest(trainer)
+        if self._logs and isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
+            self._flush_rest(trainer, _batches(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
@@ -218,10 +223,10 @@ class GradientClipping(Callback):
             for key, value in (clipper.metrics() if clear else clipper.peek()).items():
                 yield prefix + key, value
 
-    def _flush_rest(self, trainer: Trainer) -> None:
-        """Log the steps after the last log event, at the step of the last batch."""
+    def _flush_rest(self, trainer: Trainer, step: int) -> None:
+        """Log the steps after the last log event, where Lightning does not save the loggers any more."""
         if any(clipper.has_news for clipper in self._clippers.values()):
-            self._flush(trainer, max(0, _batches(trainer) - 1))
+            self._flush(trainer, step)
             for logger in trainer.loggers:
                 logger.save()
 
@@ -231,7 +236,8 @@ class GradientClipping(Callback):
         if not metrics:
             return
         self._show(trainer, metrics)
-        if trainer.is_global_zero:
+        every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 
@@ -263,7 +269,8 @@ def _accumulates(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()  # pyright: ignore[reportPrivateUsage]
 
 
-def _was_last_epoch(trainer: Trainer) -> bool:
+def _ends_now(trainer: Trainer) -> bool:
+    """Whether training ends with this batch, unless something stops it earlier."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
-    out_of_steps = steps != -1 and trainer.global_step >= steps
-    return out_of_steps or (epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs)
+    last_epoch = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
+    return (steps != -1 and trainer.global_step >= steps) or (last_epoch and trainer.is_last_batch)

@@ -1,8 +1,10 @@
 """Limits that change with the step: a mapping from optimizer step to value.
 
-Values are interpolated linearly between the points and constant before the first and after the last.
+Values are interpolated linearly between the points and constant before the first and after the last. An infinite
+value, which stands for no limit, holds until the next point is reached.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import cast
@@ -45,9 +47,11 @@ def value_at(value: Scheduled, step: int) -> float:
     if after == 0:
         return value[steps[0]]
     left = steps[after - 1]
-    if after == len(steps):
+    if after == len(steps) or step == left:
         return value[left]
     right = steps[after]
+    if math.inf in (value[left], value[right]):
+        return math.inf
     share = (step - left) / (right - left)
     return value[left] + share * (value[right] - value[left])
 

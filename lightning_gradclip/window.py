@@ -91,7 +91,7 @@ class Window:
         """Go on where `state_dict` left off, to the bit."""
         self._rows = [Row(*values) for values in state["rows"].tolist()]
         self._scopes = tuple(state["scopes"])
-        self._scope_norms = list(state["scope_norms"].unbind())
+        self._scope_norms = list(state["scope_norms"].clone().unbind())
         self._by_scope = {name: _float64(MeanMetric) for name in state["by_scope"]}
         for metrics, saved in (
             (self._metrics, state["metrics"]),
@@ -99,6 +99,7 @@ class Window:
             (self._counts, state["counts"]),
         ):
             for name, metric in metrics.items():
+                metric.reset()
                 if name in saved:
                     _restore(metric, saved[name])
 
@@ -171,6 +172,6 @@ def _states(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:
 
 def _restore(metric: Metric, state: Mapping[str, Tensor]) -> None:
     metric.persistent(True)
-    metric.load_state_dict(dict(state))
+    metric.load_state_dict({name: value.clone() for name, value in state.items()})
     # An empty update marks the metric as seen without changing its value.
     metric.update(torch.empty(0, dtype=torch.float64))

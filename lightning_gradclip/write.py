@@ -1,31 +1,34 @@
 """The only writes to gradients."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_DOUBLE = (torch.float64, torch.complex128)
+# The normal range of float32.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+
 
 def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
     """Multiply the gradient of each parameter by its coefficient, a 0-d tensor on any device."""
-    batches: dict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+    batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for parameter, coef in zip(params, coefs, strict=True):
         if (gradient := parameter.grad) is not None:
             values = _stored_values(parameter, gradient)
             # A float32 factor keeps its digits against half gradients, where a half factor would add an error.
-            factor = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
-            gradients, factors = batches.setdefault((values.device, factor, values.is_complex()), ([], []))
+            factor = torch.float64 if values.dtype in _DOUBLE else torch.float32
+            gradients, factors = batches.setdefault((values.device, factor), ([], []))
             gradients.append(values)
             factors.append(coef)
-    for (device, factor, _), (gradients, factors) in batches.items():
+    for (device, dtype), (gradients, factors) in batches.items():
         if all(one is factors[0] for one in factors):
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-                gradients, factors[0].to(device=device, dtype=factor)
-            )
+            for part in _parts(factors[0]):
+                _multiply_(gradients, part.to(device, dtype))
         else:
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-                gradients, torch.stack(factors).to(device=device, dtype=factor).unbind()
-            )
+            for part in _parts(torch.stack(factors)):
+                _multiply_(gradients, list(part.to(device, dtype).unbind()))
 
 
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:
@@ -42,10 +45,27 @@ def drop_(params: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
+def _parts(coefs: Tensor) -> tuple[Tensor, ...]:
+    """Factors whose product is the coefficient and which float32 can hold."""
+    if coefs.device.type == "cpu" and not ((coefs >= _SMALLEST) & (coefs <= _LARGEST)).all():
+        root = coefs.sqrt()
+        return root, root
+    return (coefs,)
+
+
+def _multiply_(gradients: list[Tensor], factors: Tensor | list[Tensor]) -> None:
+    # One call for all gradients; torch offers it under a private name only.
+    multiply: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    multiply(gradients, factors)
+
+
 def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
-    if not gradient.is_sparse:
-        return gradient
-    if not gradient.is_coalesced():
-        # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
-        parameter.grad = gradient = gradient.coalesce()
-    return gradient.values()
+    if gradient.is_sparse:
+        if not gradient.is_coalesced():
+            # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
+            parameter.grad = gradient = gradient.coalesce()
+        return gradient.values()
+    if not gradient.is_contiguous() and 0 in gradient.stride():
+        # Expanded: several entries share their memory and would be scaled several times.
+        parameter.grad = gradient = gradient.contiguous()
+    return gradient

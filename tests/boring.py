@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -131,6 +131,27 @@ class Regression(LightningModule):
         return self.make_optimizer(self.parameters())
 
 
+class CountingLogger(Logger):
+    """Keeps what it is given, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def name(self) -> str:
+        return "counting"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.calls.append((step, dict(metrics)))
+
+
 def gradients(count: int, *, seed: int = 0, names: Iterable[str] = SHAPES, scale: float = 1.0) -> list[Gradient]:
     """Random gradients whose sizes differ from step to step by an order of magnitude."""
     generator = np.random.default_rng(seed)
@@ -206,7 +227,10 @@ def make_trainer(*callbacks: Any, **options: Any) -> Trainer:
 
 def csv_rows(logger: CSVLogger, key: str = "gradclip/") -> list[tuple[int, dict[str, float]]]:
     """Step and values of every row of metrics.csv that holds a metric starting with `key`, read back from disk."""
-    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+    path = Path(logger.log_dir) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         rows = [
             (int(row["step"]), {name: float(value) for name, value in row.items() if name.startswith(key) and value})
             for row in csv.DictReader(file)
@@ -231,9 +255,10 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two nests of dictionaries, lists and tensors are the same to the bit."""
+    """Whether two nests of dictionaries, lists and tensors are the same to the bit, NaN included."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        same = one.dtype == other.dtype and one.shape == other.shape
+        return same and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

@@ -1,6 +1,7 @@
 """What the loggers receive: every optimizer step counted once, on Lightning's own step axis."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from boring import (
     Batches,
+    CountingLogger,
     Manual,
     Prescribed,
     Validated,
@@ -21,8 +23,11 @@ from boring import (
     windows,
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradclip import GradientClipping, NormClip
 
@@ -58,27 +63,6 @@ class Seen(Callback):
     def _value(self, trainer: Trainer) -> float | None:
         value = trainer.callback_metrics.get(self.key)
         return None if value is None else float(value)
-
-
-class CountingLogger(Logger):
-    """Keeps what it is given, call by call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[int | None, dict[str, Any]]] = []
-
-    @property
-    def name(self) -> str:
-        return "counting"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.calls.append((step, dict(metrics)))
 
 
 def loggers(folder: Path) -> tuple[CSVLogger, TensorBoardLogger]:
@@ -198,6 +182,35 @@ def test_an_early_stop_logs_what_is_left_once(tmp_path: Path) -> None:
     check_logged(windows([[norm(gradient)] for gradient in given], 3), csv, board)
 
 
+@pytest.mark.parametrize("own", [None, 3])
+def test_a_stop_in_mid_epoch_logs_at_the_batch_that_asked_for_it(tmp_path: Path, own: int | None) -> None:
+    class Stopping(Prescribed):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.trainer.should_stop = batch_idx == 4
+            return super().training_step(batch, batch_idx)
+
+    given = gradients(10)
+    csv, board = loggers(tmp_path)
+    callback = clipping(log_every_n_steps=own)
+    fit(Stopping(), given, callback, logger=[csv, board], log_every_n_steps=3, min_epochs=0)
+    check_logged(windows([[norm(gradient)] for gradient in given[:5]], 3), csv, board)
+    assert [step for step, _ in csv_rows(csv, "x")] == [2, 4]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loader_of_unknown_length(tmp_path: Path, accumulate: int) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(given)
+
+    given = gradients(7)
+    csv, board = loggers(tmp_path)
+    options = {"max_epochs": 2, "log_every_n_steps": 3, "accumulate_grad_batches": accumulate}
+    fit(Prescribed(), DataLoader(Stream(), batch_size=None), clipping(), logger=[csv, board], **options)
+    steps = [norm(mean_gradient(given[i : i + accumulate], accumulate)) for i in range(0, 7, accumulate)]
+    check_logged(windows([[size] for size in steps * 2], 3), csv, board)
+
+
 def test_metrics_are_plain_floats_and_come_only_with_log_events() -> None:
     given = gradients(10)
     logger = CountingLogger()
@@ -243,7 +256,7 @@ def test_callback_metrics_without_a_logger_for_callbacks_listed_later() -> None:
     trainer = fit(Prescribed(), given, clipping(), seen, log_every_n_steps=3)
     first, second = sum(norms[:3]) / 3, sum(norms[3:6]) / 3
     assert seen.on_batch[:2] == [None, None]
-    assert seen.on_batch[2:] == pytest.approx([first] * 3 + [second] * 3, rel=1e-6)
+    assert seen.on_batch[2:7] == pytest.approx([first] * 3 + [second] * 2, rel=1e-6)
     value = trainer.callback_metrics["gradclip/norm"]
     assert isinstance(value, torch.Tensor)
     assert float(value) == pytest.approx(sum(norms[6:]) / 2, rel=1e-6)
@@ -253,7 +266,8 @@ def test_the_progress_bar_shows_norm_and_rate(capfd: pytest.CaptureFixture[str])
     given = gradients(4)
     norms = [norm(gradient) for gradient in given]
     seen = Seen()
-    fit(Prescribed(), given, clipping(prog_bar=True), seen, log_every_n_steps=2, enable_progress_bar=True)
+    callbacks = [clipping(prog_bar=True), seen, TQDMProgressBar()]
+    fit(Prescribed(), given, *callbacks, log_every_n_steps=2, enable_progress_bar=True)
     assert seen.in_bar[0] == {}
     rate = sum(size > LIMIT for size in norms[2:]) / 2
     expected = {"gradclip/norm": sum(norms[2:]) / 2, "gradclip/clip_rate": rate}
@@ -295,36 +309,26 @@ def test_norms_of_measured_scopes(tmp_path: Path, per: str) -> None:
 def test_a_checkpoint_can_monitor_the_norm_of_a_run_shorter_than_the_interval(tmp_path: Path, logs: bool) -> None:
     given = gradients(4)
     norms = [norm(gradient) for gradient in given]
-    checkpoint = ModelCheckpoint(tmp_path, monitor="gradclip/norm", save_top_k=-1, filename="{epoch}")
-    logger = CSVLogger(tmp_path) if logs else False
+    checkpoint = ModelCheckpoint(tmp_path / "saved", monitor="gradclip/norm", save_top_k=-1, filename="{epoch}")
+    logger = CSVLogger(tmp_path / "logs") if logs else False
     fit(Prescribed(), given, clipping(), checkpoint, logger=logger, max_epochs=2, enable_checkpointing=True)
     scores = {Path(path).stem: float(score) for path, score in checkpoint.best_k_models.items()}
     # Over all steps since the last log event, which is the start.
     mean = sum(norms) / 4
     assert scores == pytest.approx({"epoch=0": mean, "epoch=1": mean}, rel=1e-6)
-    assert {path.stem for path in tmp_path.glob("*.ckpt")} == set(scores)
+    assert {path.stem for path in tmp_path.glob("saved/*.ckpt")} == set(scores)
 
 
-@long_interval
-@pytest.mark.parametrize("first", [True, False], ids=["listed before", "listed after"])
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
 def test_early_stopping_can_monitor_the_norm_of_a_run_shorter_than_the_interval(first: bool) -> None:
-    # The norm rises from epoch to epoch.
-    given = [{name: value * (i + 1) for name, value in gradients(1)[0].items()} for i in range(3)]
+    given = gradients(3)
     seen = Seen()
-    stop = EarlyStopping("gradclip/norm", patience=2, check_on_train_epoch_end=True)
-    module = Prescribed()
+    # The mean over all steps so far is the same after every epoch: it does not improve.
+    stop = EarlyStopping("gradclip/norm", patience=2, min_delta=0.01)
     callbacks = [stop, clipping(), seen] if first else [clipping(), seen, stop]
-    trainer = fit(
-        module,
-        given,
-        *callbacks,
-        max_epochs=9,
-        limit_train_batches=1,
-        reload_dataloaders_every_n_epochs=0,
-    )
-    # Every epoch sees the same batch: the mean does not improve, and patience ends after three epochs.
+    trainer = fit(Prescribed(), given, *callbacks, max_epochs=9, log_every_n_steps=50)
     assert trainer.current_epoch == 3
-    assert seen.on_epoch == pytest.approx([norm(given[0])] * 3, rel=1e-6)
+    assert seen.on_epoch == pytest.approx([sum(map(norm, given)) / 3] * 3, rel=1e-6)
 
 
 @long_interval
@@ -354,6 +358,19 @@ def test_early_stopping_on_validation_ends_the_run() -> None:
     stop = EarlyStopping("gradclip/norm", patience=1, mode="max", min_delta=1e9)
     trainer = fit(Validated(), given, clipping(), stop, val_dataloaders=Batches(given[:1]), max_epochs=9)
     assert trainer.current_epoch == 2
+
+
+@long_interval
+def test_a_scheduler_can_monitor_the_norm() -> None:
+    class Plateau(Prescribed):
+        def configure_optimizers(self) -> dict[str, Any]:
+            optimizer = SGD(self.parameters(), lr=1.0)
+            scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "gradclip/norm"}}
+
+    # The norm does not improve after the first epoch.
+    trainer = fit(Plateau(), gradients(3), clipping(), max_epochs=4)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**3
 
 
 def test_a_checkpoint_can_monitor_within_an_epoch(tmp_path: Path) -> None:

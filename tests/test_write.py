@@ -1,0 +1,197 @@
+"""The only writes to gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from gradients import Witness, named, same_bits
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_gradclip import write
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def holding(*gradients: Tensor | None) -> list[Parameter]:
+    return [parameter for _, parameter in named({str(i): gradient for i, gradient in enumerate(gradients)})]
+
+
+def coefs(*values: float) -> list[Tensor]:
+    return list(torch.tensor(values, dtype=torch.float64).unbind())
+
+
+def assert_exact(gradient: Tensor, exact: np.ndarray) -> None:
+    """Half gradients to one unit in the last place; others to a few roundings of coefficient and product."""
+    if gradient.dtype in (torch.float16, torch.bfloat16):
+        assert (np.abs(reference.array(gradient) - exact) <= reference.ulp(exact, gradient.dtype)).all()
+        return
+    rtol = 1e-15 if gradient.dtype in (torch.float64, torch.complex128) else 4e-7
+    np.testing.assert_allclose(reference.array(gradient), exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coef", [0.1, 1e-3, 0.999, 7.3, 1e-7])
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_entry_is_multiplied(dtype: torch.dtype, coef: float, shared: bool) -> None:
+    parameters = holding(random(5, 3, dtype=dtype), random(40, dtype=dtype, seed=1))
+    exact = [reference.array(parameter.grad) * coef for parameter in parameters]
+    write.scale_(parameters, coefs(coef) * 2 if shared else coefs(coef, coef))
+    for parameter, expected in zip(parameters, exact, strict=True):
+        assert_exact(parameter.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("entry", "coef"),
+    [(3e38, 1e-39), (3e38, 3.3e-42), (3e38, 1e-60), (1e-42, 1e41), (1e-45, 1e44), (1e30, 1e-45)],
+)
+def test_a_coefficient_outside_the_range_of_float32_keeps_its_digits(entry: float, coef: float) -> None:
+    (parameter,) = holding(torch.full((3,), entry))
+    exact = reference.array(parameter.grad) * coef
+    write.scale_([parameter], coefs(coef))
+    assert_exact(parameter.grad, exact)
+
+
+def test_float64_gradients_are_scaled_in_float64() -> None:
+    parameters = holding(random(9, dtype=torch.float64), random(9))
+    exact = reference.array(parameters[0].grad) * 0.1
+    write.scale_(parameters, coefs(0.1) * 2)
+    np.testing.assert_allclose(reference.array(parameters[0].grad), exact, rtol=1e-15, atol=0)
+
+
+def test_each_parameter_gets_its_own_coefficient_whatever_its_dtype() -> None:
+    parameters = holding(*(random(4, dtype=dtype, seed=i) for i, dtype in enumerate(DTYPES)))
+    values = [0.5, 0.25, 2.0, 0.125, 4.0, 0.0625]
+    # Powers of two: exact in every dtype.
+    expected = [parameter.grad * value for parameter, value in zip(parameters, values, strict=True)]
+    write.scale_(parameters, coefs(*values))
+    for parameter, one in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, one)
+
+
+def test_scaling_writes_in_place_and_skips_absent_gradients() -> None:
+    gradient = torch.tensor([2.0, -4.0])
+    parameters = holding(None, gradient, None)
+    write.scale_(parameters, coefs(0.1, 0.5, 0.1))
+    assert parameters[1].grad is gradient
+    assert gradient.tolist() == [1.0, -2.0]
+    assert parameters[0].grad is None
+    assert parameters[2].grad is None
+
+
+def test_scaling_nothing_does_nothing() -> None:
+    write.scale_([], [])
+    parameters = holding(None, torch.zeros(0, 3))
+    write.scale_(parameters, coefs(0.5, 0.5))
+    assert parameters[0].grad is None
+    assert parameters[1].grad.shape == (0, 3)
+
+
+def test_a_zero_coefficient_gives_zeros() -> None:
+    (parameter,) = holding(random(4))
+    write.scale_([parameter], coefs(0.0))
+    assert parameter.grad.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        random(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        random(4, 6).t(),
+        random(4, 6)[:, ::2],
+        torch.tensor(3.0),
+        random(4, dtype=torch.complex64).conj(),
+    ],
+    ids=["channels-last", "transposed", "every other column", "0-d", "conjugated"],
+)
+def test_layouts_are_kept(gradient: Tensor) -> None:
+    (parameter,) = holding(gradient.clone(memory_format=torch.preserve_format))
+    exact, strides = reference.array(parameter.grad) * 0.3, parameter.grad.stride()
+    write.scale_([parameter], coefs(0.3))
+    assert parameter.grad.stride() == strides
+    assert_exact(parameter.grad, exact)
+
+
+def test_only_the_slice_is_written() -> None:
+    whole = torch.ones(4, 6)
+    (parameter,) = holding(whole[:, ::2])
+    write.scale_([parameter], coefs(0.5))
+    assert whole.tolist() == [[0.5, 1.0] * 3] * 4
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_an_expanded_gradient_is_scaled_once(shape: tuple[int, ...]) -> None:
+    # What `parameter.grad, = torch.autograd.grad(parameter.sum(), parameter)` leaves: one number in memory.
+    (parameter,) = holding(torch.tensor(2.0).expand(shape))
+    write.scale_([parameter], coefs(0.25))
+    assert torch.equal(parameter.grad, torch.full(shape, 0.5))
+
+
+def test_an_expanded_gradient_is_masked() -> None:
+    (parameter,) = holding(torch.tensor([[math.nan], [1.0]]).expand(2, 3))
+    write.zero_nonfinite_([parameter])
+    assert parameter.grad.tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def uncoalesced(*values: list[float]) -> Tensor:
+    """Values for the rows 1, 4 and 1 again."""
+    return torch.sparse_coo_tensor(torch.tensor([[1, 4, 1]]), torch.tensor(values), (6, 2), check_invariants=True)
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_a_sparse_gradient_is_scaled_as_the_sum_it_stands_for(coalesced: bool) -> None:
+    gradient = uncoalesced([1.0, 2.0], [3.0, -4.0], [-5.0, 6.0])
+    (parameter,) = holding(gradient.coalesce() if coalesced else gradient)
+    write.scale_([parameter], coefs(0.5))
+    assert parameter.grad.is_sparse
+    assert parameter.grad.to_dense().tolist() == [[0, 0], [-2, 4], [0, 0], [0, 0], [1.5, -2], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_non_finite_entries_become_zero_and_others_keep_their_bits(dtype: torch.dtype) -> None:
+    values = [math.nan, 1.5, math.inf, -0.0, -math.inf, 6e4, -2e-7, 0.0]
+    (parameter,) = holding(torch.tensor(values, dtype=dtype))
+    expected = torch.tensor([v if math.isfinite(v) else 0.0 for v in values], dtype=dtype)
+    write.zero_nonfinite_([parameter])
+    assert same_bits(parameter.grad, expected)
+
+
+def test_a_complex_entry_with_a_non_finite_part_becomes_zero() -> None:
+    values = [complex(1, 2), complex(math.nan, 1), complex(3, -math.inf)]
+    (parameter,) = holding(torch.tensor(values))
+    write.zero_nonfinite_([parameter])
+    assert parameter.grad.tolist() == [1 + 2j, 0, 0]
+
+
+def test_a_sparse_gradient_is_masked_as_the_sum_it_stands_for() -> None:
+    # Row 1 adds up to nan and 8; each summand of the first alone is infinite.
+    (parameter,) = holding(uncoalesced([math.inf, 2.0], [math.nan, -4.0], [-math.inf, 6.0]))
+    write.zero_nonfinite_([parameter])
+    assert parameter.grad.to_dense().tolist() == [[0, 0], [0, 8], [0, 0], [0, 0], [0, -4], [0, 0]]
+
+
+def test_masking_skips_absent_and_empty_gradients() -> None:
+    parameters = holding(None, torch.zeros(0), torch.tensor(math.nan))
+    write.zero_nonfinite_(parameters)
+    assert parameters[0].grad is None
+    assert parameters[1].grad.shape == (0,)
+    assert parameters[2].grad.item() == 0
+
+
+def test_dropping_removes_gradients_and_touches_nothing_else() -> None:
+    gradient = random(3)
+    pairs = named({"a": gradient, "b": None})
+    witness, before = Witness(pairs), gradient.clone()
+    write.drop_([parameter for _, parameter in pairs])
+    assert [parameter.grad for _, parameter in pairs] == [None, None]
+    assert witness.written() == {"a"}
+    assert torch.equal(gradient, before)
+    assert gradient._version == 0
+    assert all(torch.equal(parameter, torch.full_like(parameter, 0.5)) for _, parameter in pairs)

@@ -1,0 +1,128 @@
+"""Run a function in several forked processes, each in the environment that torchrun would give it.
+
+Lightning then believes that its processes were started for it and launches none, so that any strategy runs inside a
+test. Forking takes a fraction of a second where starting an interpreter and importing torch takes many.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+class WorkerError(Exception):
+    """A worker failed, died or did not answer; the message is its traceback, or says which."""
+
+
+def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
+    """Call `function(rank, *arguments)` in `world` processes and return what it returned, by rank.
+
+    Results travel pickled: tensors arrive as copies, on the CPU.
+
+    Raises:
+        WorkerError: As soon as one worker fails or dies, or after `timeout` seconds.
+    """
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    port = _free_port()
+    deadline = time.monotonic() + timeout
+    workers = [
+        context.Process(target=_work, args=(rank, world, port, timeout, answers, function, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    try:
+        with warnings.catch_warnings():
+            # Other threads of this process may hold a lock; a worker runs on one thread and uses none of theirs.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            for worker in workers:
+                worker.start()
+        results = _collect(answers, workers, deadline)
+    finally:
+        for worker in workers:
+            worker.join(5.0)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+    return [results[rank] for rank in range(world)]
+
+
+def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[int, Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(workers):
+        # Asked before the queue is: what a dead worker has sent is in it by then.
+        dead = [rank for rank, worker in enumerate(workers) if not worker.is_alive() and rank not in results]
+        try:
+            rank, failure, result = answers.get(timeout=0.1)
+        except queue.Empty:
+            if dead:
+                codes = ", ".join(f"rank {rank} with exit code {workers[rank].exitcode}" for rank in dead)
+                _kill(workers)
+                raise WorkerError(f"died without an answer: {codes}") from None
+            if time.monotonic() > deadline:
+                late = [rank for rank in range(len(workers)) if rank not in results]
+                _kill(workers)
+                raise WorkerError(f"no answer in time from ranks {late}; their stacks are on stderr") from None
+            continue
+        if failure:
+            _kill(workers)
+            raise WorkerError(f"rank {rank}:\n{failure}")
+        results[rank] = pickle.loads(result)
+    return results
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _work(
+    rank: int,
+    world: int,
+    port: int,
+    timeout: float,
+    answers: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="tests",
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    # A worker that hangs says where, just before it is killed.
+    faulthandler.dump_traceback_later(0.9 * timeout)
+    import torch
+
+    torch.set_num_threads(1)
+    failure, result = "", b""
+    try:
+        # Pickled here, so that a result that cannot travel is a failure with a traceback as well.
+        result = pickle.dumps(function(rank, *arguments))
+    except BaseException:  # noqa: BLE001 - also SystemExit: whatever ends a worker is the test's failure
+        failure = traceback.format_exc()
+    answers.put((rank, failure, result))
+    answers.close()
+    answers.join_thread()
+    if not failure and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
