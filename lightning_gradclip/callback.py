@@ -106,6 +106,7 @@ class GradientClipping(Callback):
         self._clippers: dict[int, Clipper] = {}
         self._saved: dict[int, Any] = {}
         self._several = False
+        self._last_batch = 0
         self._had_backward = False
 
     @property
@@ -146,6 +147,7 @@ class GradientClipping(Callback):
         clipper = self._clippers.get(index)
         if clipper is None:
             clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
+        self._last_batch = _batches(trainer)
         clipper.step(scaler)
 
     def on_train_batch_end(
@@ -166,12 +168,12 @@ class GradientClipping(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._logs:
-            self._flush_rest(trainer, max(0, _batches(trainer) - 1))
+            self._flush_rest(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The steps that led here; after other errors the device may not answer any more.
         if self._logs and isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
-            self._flush_rest(trainer, _batches(trainer))
+            self._flush_rest(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
@@ -223,10 +225,10 @@ class GradientClipping(Callback):
             for key, value in (clipper.metrics() if clear else clipper.peek()).items():
                 yield prefix + key, value
 
-    def _flush_rest(self, trainer: Trainer, step: int) -> None:
+    def _flush_rest(self, trainer: Trainer) -> None:
         """Log the steps after the last log event, where Lightning does not save the loggers any more."""
         if any(clipper.has_news for clipper in self._clippers.values()):
-            self._flush(trainer, step)
+            self._flush(trainer, self._last_batch)
             for logger in trainer.loggers:
                 logger.save()
 
