@@ -145,7 +145,7 @@ class GradientClipping(Callback):
             # training_step returned None: under a scaler Lightning neither unscales nor steps.
             return
         clipper = self._clippers.get(index)
-        if clipper is None:
+        if clipper is None or clipper.optimizer is not optimizer:
             clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
         self._last_batch = _batches(trainer)
         clipper.step(scaler)
@@ -206,6 +206,9 @@ class GradientClipping(Callback):
         clipper = Clipper(pl_module.named_parameters(), self.method, optimizer=optimizer, **self._options)
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))
+        elif index in self._clippers:
+            # The module replaced its optimizer in mid-training: what was learned and counted goes on.
+            clipper.load_state_dict(self._clippers[index].state_dict())
         return clipper
 
     def _logs_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:

@@ -92,6 +92,7 @@ class Clipper:
             What was done. A step in which no selected parameter has a gradient changes and records nothing.
 
         Raises:
+            ValueError: If a scaler is given and the clipper has no optimizer.
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
                 `max_consecutive_skips` steps in a row were dropped.
         """
@@ -164,8 +165,13 @@ class Clipper:
 
     def _unscale(self, scaler: GradScaler | None) -> float | Tensor:
         """Unscale the gradients, or where nothing may be written say what they are still multiplied by."""
-        if scaler is None or self._optimizer is None or not scaler.is_enabled():
+        if scaler is None or not scaler.is_enabled():
             return 1.0
+        if self._optimizer is None:
+            raise ValueError(
+                "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
+                "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
+            )
         if not self._policy.writes:
             return amp.pending_scale(scaler, self._optimizer)
         amp.unscale_(scaler, self._optimizer)

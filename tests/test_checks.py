@@ -47,7 +47,7 @@ def test_what_is_no_number_is_named_with_its_kind(value: object, kind: str) -> N
     ],
 )
 def test_a_number_out_of_range_is_named_with_the_range(value: float, bounds: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match="^x must be") as failure:
+    with pytest.raises(ValueError, match=r"^x must be") as failure:
         checks.number("x", value, **bounds)
     assert str(failure.value) == f"x must be {said}"
 
@@ -82,7 +82,7 @@ def test_a_choice_is_returned() -> None:
 
 @pytest.mark.parametrize("value", ["c", "", "A", None, 1, ["a"]])
 def test_an_unknown_word_is_answered_with_the_known_ones(value: object) -> None:
-    with pytest.raises(ValueError, match="^x must be one of") as failure:
+    with pytest.raises(ValueError, match=r"^x must be one of") as failure:
         checks.choice("x", value, ("a", "b"), remedy="a is usual")
     assert str(failure.value) == f"x must be one of 'a', 'b', got {value!r}; a is usual"
 

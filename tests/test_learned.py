@@ -11,7 +11,7 @@ from gradients import SHAPES, named, normal, same_bits, two_groups
 from running_max import RunningMax
 from torch import Tensor, nn
 
-from lightning_gradclip import Clipper, ClipMethod, NormClip, learned
+from lightning_gradclip import ClipMethod, Clipper, NormClip, learned
 
 
 def sizes(count: int) -> Tensor:
@@ -240,7 +240,7 @@ class TestThroughTheClipper:
         stepped(clipper, pairs, 0)
         stepped(other, pairs, 1, 2)
         before = largest(other)
-        with pytest.raises(ValueError, match="per='layer'.*per='parameter'"):
+        with pytest.raises(ValueError, match=r"per='layer'.*per='parameter'"):
             other.load_state_dict(clipper.state_dict())
         assert largest(other) == before
         assert other.state_dict()["step"] == 2

@@ -330,7 +330,8 @@ def test_a_backbone_that_joins_in_mid_training_is_clipped_from_then_on(tmp_path:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_an_optimizer_that_is_replaced_in_mid_training_is_served(tmp_path: Path, scaled: bool) -> None:
+@pytest.mark.parametrize("every", [1, 2, 6])
+def test_an_optimizer_that_is_replaced_in_mid_training_is_served(tmp_path: Path, scaled: bool, every: int) -> None:
     class Restarted(Prescribed):
         """Trains the head, and from the second epoch on everything with a new optimizer."""
 
@@ -344,12 +345,30 @@ def test_an_optimizer_that_is_replaced_in_mid_training_is_served(tmp_path: Path,
     given, csv = gradients(3), CSVLogger(tmp_path)
     received = Received()
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if scaled else []
-    options = {"max_epochs": 2, "log_every_n_steps": 1, "plugins": plugins}
+    options = {"max_epochs": 2, "log_every_n_steps": every, "plugins": plugins}
     fit(Restarted(), given, clipping(), received, logger=csv, **options)
     assert [set(step) for step in received.steps] == [set(HEAD)] * 3 + [{*HEAD, *ENCODER}] * 3
     sizes = [norm(gave, HEAD) for gave in given] + [norm(gave) for gave in given]
-    assert [values["gradclip/norm"] for _, values in csv_rows(csv)] == pytest.approx(sizes, rel=1e-6)
+    # The window goes on: no step is lost.
+    expected = windows([[size] for size in sizes], every)
+    assert {step: values["gradclip/norm"] for step, values in csv_rows(csv)} == pytest.approx(
+        {step: sum(window) / len(window) for step, window in expected.items()}, rel=1e-6
+    )
     assert [norm(got) for got in received.steps] == pytest.approx([min(LIMIT, size) for size in sizes], rel=1e-6)
+
+
+def test_counts_go_on_when_the_optimizer_is_replaced() -> None:
+    class Restarted(Prescribed):
+        def on_train_epoch_start(self) -> None:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    given = gradients(3)
+    given[1]["head.bias"][0] = torch.nan
+    callback = clipping()
+    with pytest.warns(RuntimeWarning, match="dropped optimizer step 1"):
+        trainer = fit(Restarted(), given, callback, max_epochs=3)
+    assert float(trainer.callback_metrics["gradclip/skipped"]) == 3.0
+    assert callback.state_dict()["clippers"][0]["step"] == 9
 
 
 def test_a_module_without_optimizers_trains() -> None:

@@ -257,6 +257,4 @@ def test_tensors_of_any_scale_together(p: float, parts: list[tuple[int, float, t
     norms = measure.parameter_norms(tensors, p)
     arrays = [reference.array(one) for one in tensors]
     np.testing.assert_allclose(norms.numpy(), [reference.p_norm(one, p) for one in arrays], rtol=1e-6, atol=0)
-    np.testing.assert_allclose(
-        measure.joint_norm(norms, p).item(), reference.joint_norm(arrays, p), rtol=1e-6, atol=0
-    )
+    np.testing.assert_allclose(measure.joint_norm(norms, p).item(), reference.joint_norm(arrays, p), rtol=1e-6, atol=0)

@@ -15,7 +15,7 @@ from gradients import Witness, named, same_bits
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_gradclip import Clipper, ClipMethod, GradientClipping, NormClip
+from lightning_gradclip import ClipMethod, Clipper, GradientClipping, NormClip
 from lightning_gradclip.policy import ACTIONS, NONFINITE, Policy
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -153,7 +153,9 @@ class TestNonfinite:
     @pytest.mark.parametrize("bad", BAD)
     @pytest.mark.parametrize("action", ACTIONS)
     def test_raise_names_step_and_parameters_and_leaves_the_gradients(self, bad: float, action: str) -> None:
-        training = Training(method=NormClip(max_norm=1e-3 if action == "clip" else 1e3), action=action, nonfinite="raise")
+        training = Training(
+            method=NormClip(max_norm=1e-3 if action == "clip" else 1e3), action=action, nonfinite="raise"
+        )
         training.step()
         training.step()
         training.backward(bad)
@@ -300,7 +302,9 @@ class TestConsecutiveSkips:
         assert message.startswith(
             f"{most + 1} optimizer steps in a row were dropped, the last at optimizer step {most + 1}: "
         )
-        assert ("non-finite gradients in a" if bad is SPOILT else "the size 2 of scope 'model' is over its limit 1") in message
+        assert (
+            "non-finite gradients in a" if bad is SPOILT else "the size 2 of scope 'model' is over its limit 1"
+        ) in message
         assert message.endswith(f"or raise max_consecutive_skips (now {most})")
 
     def test_the_default_is_twenty(self) -> None:

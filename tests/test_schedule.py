@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from lightning_gradclip.schedule import greatest, least, scheduled, value_at
 
-SCHEDULES = st.dictionaries(
-    st.integers(0, 10**9), st.floats(1e-30, 1e30, allow_nan=False), min_size=1, max_size=6
-).map(lambda points: scheduled("x", points))
+SCHEDULES = st.dictionaries(st.integers(0, 10**9), st.floats(1e-30, 1e30, allow_nan=False), min_size=1, max_size=6).map(
+    lambda points: scheduled("x", points)
+)
 
 
 def test_a_constant_is_the_same_at_every_step() -> None:

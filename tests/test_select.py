@@ -58,7 +58,7 @@ class TestPatterns:
             Names(zeros("a.weight"), ("a.*", "b.*"))
 
     def test_a_pattern_unlike_every_name_shows_some(self) -> None:
-        with pytest.raises(ValueError, match="closest names are: encoder.weight, head.bias"):
+        with pytest.raises(ValueError, match=r"closest names are: encoder\.weight, head\.bias\."):
             Names(zeros("encoder.weight", "head.bias"), ("99",))
 
     def test_without_parameters_there_is_nothing_to_match(self) -> None:
@@ -127,7 +127,11 @@ class TestNames:
 
     @pytest.mark.parametrize(
         ("given", "groups"),
-        [(("body", "head"), ("body", "head")), (("x", "x"), ("group0", "group1")), ((None, "head"), ("group0", "head"))],
+        [
+            (("body", "head"), ("body", "head")),
+            (("x", "x"), ("group0", "group1")),
+            ((None, "head"), ("group0", "head")),
+        ],
     )
     def test_groups_keep_names_that_tell_them_apart(
         self, given: tuple[str | None, str], groups: tuple[str, str]

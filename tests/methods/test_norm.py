@@ -83,9 +83,7 @@ class TestAgainstTheReference:
     @pytest.mark.parametrize(("statistic", "p"), [("rms", 2.0), *(("norm", p) for p in NORM_TYPES)])
     @pytest.mark.parametrize("scale", [1e-25, 1e-3, 1.0, 1e25])
     @pytest.mark.parametrize("min_norm", [0.0, 0.4])
-    def test_every_scope_and_statistic(
-        self, per: str, statistic: str, p: float, scale: float, min_norm: float
-    ) -> None:
+    def test_every_scope_and_statistic(self, per: str, statistic: str, p: float, scale: float, min_norm: float) -> None:
         gradients = normal(1, scale)
         gradients["head.bias"] *= 30
         max_norm, min_norm = scale, scale * min_norm
@@ -113,9 +111,7 @@ class TestAgainstTheReference:
         per=st.sampled_from(NormClip.scopes),
         seed=st.integers(0, 100),
     )
-    def test_gradients_of_any_scale(
-        self, exponents: list[int], max_norm: float, p: float, per: str, seed: int
-    ) -> None:
+    def test_gradients_of_any_scale(self, exponents: list[int], max_norm: float, p: float, per: str, seed: int) -> None:
         drawn = zip(normal(seed).items(), exponents, strict=True)
         gradients = {name: one * 10.0**exponent for (name, one), exponent in drawn}
         clipped, _ = clip(gradients, NormClip(max_norm=max_norm, norm_type=p, per=per))
@@ -416,7 +412,11 @@ class TestArguments:
                 ValueError,
                 "max_norm must be > 0, got -1; to measure without clipping use method=None",
             ),
-            ({"max_norm": 0.0}, ValueError, "max_norm must be > 0, got 0.0; to measure without clipping use method=None"),
+            (
+                {"max_norm": 0.0},
+                ValueError,
+                "max_norm must be > 0, got 0.0; to measure without clipping use method=None",
+            ),
             (
                 {"max_norm": "abc"},
                 TypeError,
