@@ -223,7 +223,7 @@ class GradientClipping(Callback):
     def _metrics(self, *, clear: bool) -> Iterator[tuple[str, float]]:
         for index, clipper in sorted(self._clippers.items()):
             prefix = f"{self.name}/{index}/" if self._several else f"{self.name}/"
-            if not (clear or clipper.has_news):
+            if not clipper.serves_any or not (clear or clipper.has_news):
                 continue
             for key, value in (clipper.metrics() if clear else clipper.peek()).items():
                 yield prefix + key, value

@@ -124,6 +124,11 @@ class Clipper:
         return self._window.compute()
 
     @property
+    def serves_any(self) -> bool:
+        """Whether the patterns admit any parameter of the optimizer."""
+        return bool(self._selection.params)
+
+    @property
     def has_news(self) -> bool:
         """Whether a step was recorded since the last `metrics()`."""
         return not self._window.is_empty

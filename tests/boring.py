@@ -6,6 +6,7 @@ the batch says, whatever the weights are, and every norm can be computed without
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,8 @@ def fit(module: LightningModule, batches: Any, *callbacks: Any, **options: Any) 
     """Train on one CPU process and return the trainer."""
     trainer = make_trainer(*callbacks, **{key: options.pop(key) for key in [*options] if key not in _OF_FIT})
     loader = Batches(batches) if isinstance(batches, Sequence) else batches
+    if "weights_only" not in signature(Trainer.fit).parameters:
+        options.pop("weights_only", None)  # Lightning before 2.6 leaves it to torch's default
     trainer.fit(module, loader, **options)
     return trainer
 

@@ -329,6 +329,7 @@ def test_a_backbone_that_joins_in_mid_training_is_clipped_from_then_on(tmp_path:
         assert norm(got) == pytest.approx(min(LIMIT, size), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("every", [1, 2, 6])
 def test_an_optimizer_that_is_replaced_in_mid_training_is_served(tmp_path: Path, scaled: bool, every: int) -> None:
@@ -365,7 +366,7 @@ def test_counts_go_on_when_the_optimizer_is_replaced() -> None:
     given = gradients(3)
     given[1]["head.bias"][0] = torch.nan
     callback = clipping()
-    with pytest.warns(RuntimeWarning, match="dropped optimizer step 1"):
+    with pytest.warns(RuntimeWarning, match="dropped optimizer step"):
         trainer = fit(Restarted(), given, callback, max_epochs=3)
     assert float(trainer.callback_metrics["gradclip/skipped"]) == 3.0
     assert callback.state_dict()["clippers"][0]["step"] == 9

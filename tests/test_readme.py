@@ -47,7 +47,7 @@ def test_example_commands_run(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", commands("python train.py"))
 def test_foreign_commands_compose(command: str, tmp_path: Path) -> None:
-    """`train.py` stands for the reader's application: with a callbacks dictionary, and the default of the YAML block."""
+    """`train.py` stands for the reader's application, with the defaults list of the YAML block."""
     *_, arguments = "", shlex.split(command)[2:]
     added = any(argument.startswith("+callbacks/gradclip=") for argument in arguments)
     (tmp_path / "train.yaml").write_text("defaults:\n  - _self_\n" if added else blocks("yaml")[0])
