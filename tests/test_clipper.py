@@ -216,6 +216,50 @@ class TestSelection:
         assert (clipper.step().norm.item(), clipper.has_news) == (0.0, False)
 
 
+class ByWeight(ClipMethod):
+    """Limits each scope to a tenth of its weights, as AGC does in principle."""
+
+    needs_weight = True
+
+    def __init__(self, per: str, norm_type: float = 2.0) -> None:
+        self.per, self.norm_type = per, norm_type
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        assert weight is not None
+        return 0.1 * weight
+
+
+class TestMethod:
+    """What a method is told."""
+
+    @pytest.mark.parametrize("per", ClipMethod.scopes)
+    @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+    def test_the_sizes_of_the_weights_of_the_same_scopes(self, per: str, p: float) -> None:
+        pairs = named(normal(0))
+        for (_, parameter), weight in zip(pairs, normal(1).values(), strict=True):
+            parameter.data.copy_(weight)
+        pairs[1][1].grad = None
+        stats = Clipper(pairs, ByWeight(per, p), optimizer=two_groups(pairs)).step()
+        members: dict[str, list[np.ndarray]] = {}
+        for name, parameter in pairs:
+            members.setdefault(SCOPES[per][name], []).append(reference.array(parameter))
+        expected = [0.1 * reference.joint_norm(ones, p) for ones in members.values()]
+        assert stats.limits.tolist() == pytest.approx(expected, rel=1e-6)
+
+    def test_a_method_without_a_limit_says_so(self) -> None:
+        class Incomplete(ClipMethod):
+            pass
+
+        with pytest.raises(NotImplementedError, match=r"^Incomplete does not define limit\(size, weight, step\)$"):
+            Clipper(named(normal(0)), Incomplete()).step()
+
+    def test_the_step_is_counted_from_zero_and_bad_steps_count(self) -> None:
+        pairs = scalars("a")
+        clipper = Clipper(pairs, NormClip(max_norm={0: 10.0, 10: 20.0}), nonfinite="zero")
+        limits = [step_with(clipper, pairs, value).limit.item() for value in (1.0, math.nan, 30.0, math.inf, 1.0)]
+        assert limits == [10, 11, 12, 13, 14]
+
+
 class TestWriting:
     """No write without need: on the CPU an unclipped step costs one read of each gradient."""
 

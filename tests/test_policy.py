@@ -457,6 +457,11 @@ class TestArguments:
             ({"exclude": [""]}, TypeError, "exclude holds '', which is no pattern; write exclude=['encoder.*']"),
             ({"fold": "yes"}, TypeError, "fold must be True or False, got 'yes' (str)"),
             (
+                {"fold": True},
+                ValueError,
+                "fold=True is not available in this version; use fold=False, which writes the gradients",
+            ),
+            (
                 {"method": NormClip},
                 TypeError,
                 "method must be an instance, got the class NormClip; write NormClip()",
