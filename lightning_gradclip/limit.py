@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradclip import learned, measure, reduce
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.select import Scopes, Selection
-from lightning_gradclip.stats import Row, pack, untouched
+from lightning_gradclip.stats import Row, pack, pack_one, untouched
 
 Gradients = Sequence[Tensor | None]
 
@@ -108,14 +108,19 @@ class Limiter:
             limits = torch.where(limits > 0, limits, math.inf)
         measured = self._measured_norms(gradients, norms)
         joint = measure.joint_norm(norms, p) if len(sizes) != 1 else scope_norms[0]
+        on_cpu = sizes.device.type == "cpu"
         # On CPU the host looks for free, and most steps have nothing to be scaled.
-        looks = sizes.device.type == "cpu" and not method.may_grow
+        looks = on_cpu and not method.may_grow
         if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
             return Outcome(norms, sizes, limits, None, untouched(norm, limits), measured)
         coefs = torch.where(torch.isfinite(sizes), method.coef(sizes, limits), 1.0)
-        row: Row | Tensor = pack(joint, scope_norms, sizes, limits, coefs, p)
-        if self._on_host or row.device.type == "cpu":
-            row = Row(*row.tolist())
+        row: Row | Tensor
+        if on_cpu and len(sizes) == 1:
+            row = pack_one(joint.item(), sizes.item(), limits.item(), coefs.item())
+        else:
+            row = pack(joint, scope_norms, sizes, limits, coefs, p)
+            if on_cpu or self._on_host:
+                row = Row(*row.tolist())
         return Outcome(norms, sizes, limits, coefs, row, measured)
 
     def _measured_norms(self, gradients: Gradients, norms: Tensor) -> Tensor | None:

@@ -102,7 +102,7 @@ def _fast_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     by_rows: list[int] = []
     for i, value in enumerate(values):
-        if value.device.type == "cpu" and value.numel() >= _LARGE:
+        if value.device.type == "cpu" and value.numel() > _LARGE:
             by_rows.append(i)
         elif value.numel():
             alike.setdefault((value.device, value.dtype), []).append(i)

@@ -113,6 +113,22 @@ def pack(
     return torch.stack([values[name] for name in Row._fields])
 
 
+def pack_one(norm: float, size: float, limit: float, coef: float) -> Row:
+    """The same as `pack` for one scope whose numbers are on the host, where arithmetic is cheaper than tensors."""
+    finite = math.isfinite(norm)
+    return Row(
+        norm=norm,
+        norm_clipped=norm * coef,
+        limit=limit,
+        coef=coef,
+        clipped=float(size > limit and finite),
+        finite=float(finite),
+        skipped=0.0,
+        changed=float(coef != 1.0),
+        overflow=0.0,
+    )
+
+
 def untouched(norm: float, limits: Tensor) -> Row:
     """The row of a step on the host in which every scope is finite and within its limit."""
     limit = limits.item() if limits.numel() == 1 else math.nan

@@ -47,10 +47,10 @@ def drop_(params: Iterable[Tensor]) -> None:
 
 def _parts(coefs: Tensor) -> tuple[Tensor, ...]:
     """Factors whose product is the coefficient and which float32 can hold."""
-    if coefs.device.type == "cpu" and not ((coefs >= _SMALLEST) & (coefs <= _LARGEST)).all():
-        root = coefs.sqrt()
-        return root, root
-    return (coefs,)
+    if coefs.device.type != "cpu" or _SMALLEST <= coefs.min().item() <= coefs.max().item() <= _LARGEST:
+        return (coefs,)
+    root = coefs.sqrt()
+    return root, root
 
 
 def _multiply_(gradients: list[Tensor], factors: Tensor | list[Tensor]) -> None:
