@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_gradclip import amp, checks
@@ -129,6 +130,9 @@ class GradientClipping(Callback):
                 f"optimizer={self.optimizer} does not exist: the module configures {known}; "
                 "use one of these, or optimizer=None for every optimizer"
             )
+        if lost := sorted(index for index in self._saved if index >= count):
+            rank_zero_warn(f"dropped the clipping state of optimizers {lost}: the module configures {count}")
+            self._saved = {index: state for index, state in self._saved.items() if index < count}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
@@ -138,6 +142,9 @@ class GradientClipping(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = _position(trainer, optimizer)
+        if index is None:
+            self._refuse_stranger(optimizer)
+            return
         if self.optimizer is not None and index != self.optimizer:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -181,6 +188,7 @@ class GradientClipping(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = dict(state_dict["clippers"])
+        self._clippers = {}
 
     def _refuse_conflicts(self, trainer: Trainer) -> None:
         clip_val = trainer.gradient_clip_val
@@ -202,13 +210,20 @@ class GradientClipping(Callback):
                 f"such as name={self.name + '_2'!r}"
             )
 
+    def _refuse_stranger(self, optimizer: Optimizer) -> None:
+        if self._policy.writes:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
+                "return it from configure_optimizers"
+            )
+
     def _clipper(self, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         clipper = Clipper(pl_module.named_parameters(), self.method, optimizer=optimizer, **self._options)
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))
         elif index in self._clippers:
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.
-            clipper.load_state_dict(self._clippers[index].state_dict())
+            clipper.follow(self._clippers[index])
         return clipper
 
     def _logs_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -247,21 +262,15 @@ class GradientClipping(Callback):
                 logger.log_metrics(metrics, step=step)
 
     def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        tensors = {key: torch.tensor(value) for key, value in metrics.items()}
+        tensors = {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
         trainer.callback_metrics.update(tensors)
         if self.prog_bar:
             shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}
             trainer.progress_bar_metrics.update(shown)  # type: ignore[attr-defined]
 
 
-def _position(trainer: Trainer, optimizer: Optimizer) -> int:
-    for index, one in enumerate(trainer.optimizers):
-        if one is optimizer:
-            return index
-    raise MisconfigurationException(
-        f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
-        "return it from configure_optimizers"
-    )
+def _position(trainer: Trainer, optimizer: Optimizer) -> int | None:
+    return next((index for index, one in enumerate(trainer.optimizers) if one is optimizer), None)
 
 
 def _batches(trainer: Trainer) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import cast
 
 
@@ -18,7 +18,10 @@ def number(
     """Return `value` as a plain float, or say which number was expected."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.nan
     bounds = [
         f"{sign} {bound:g}"
         for sign, bound, kept in (
@@ -35,7 +38,7 @@ def number(
 
 def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int:
     """Return `value` as a plain int, or say which whole number was expected."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value!r}{_tail(remedy)}")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class Clipper:
             checks.patterns("exclude", exclude),
         )
         self._steps = 0
+        self._scaled = False
         self._window = Window()
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._select()
@@ -94,17 +96,18 @@ class Clipper:
         Raises:
             ValueError: If a scaler is given and the clipper has no optimizer.
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
-                `max_consecutive_skips` steps in a row were dropped.
+                `max_consecutive_skips` steps in a row were dropped without a GradScaler.
         """
         with torch.no_grad():
             if self._groups_changed():
                 self._select()
+            self._scaled = amp.is_enabled(scaler)
             scale = self._unscale(scaler)
             gradients = [parameter.grad for parameter in self._selection.params]
             if all(gradient is None for gradient in gradients):
                 return self._nothing()
             outcome = self._limiter.judge(gradients, self._steps, scale)
-            return self._act(outcome, overflows=amp.is_enabled(scaler))
+            return self._act(outcome)
 
     def metrics(self) -> dict[str, float]:
         """The window since the last call, aggregated over all its steps, and cleared.
@@ -148,22 +151,30 @@ class Clipper:
         Raises:
             ValueError: If the learned values belong to a differently configured method.
         """
-        self._limiter.load_state_dict(state["learned"])
+        self._load(state, strict=True)
+
+    def follow(self, other: "Clipper") -> None:
+        """Go on where another clipper stands, for an optimizer that replaces its; unknown scopes start fresh."""
+        self._load(other.state_dict(), strict=False)
+
+    def _load(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        self._limiter.load_state_dict(state["learned"], strict=strict)
+        self._window.load_state_dict(state["window"])
         self._steps = state["step"]
         self._skips.in_a_row = state["skips_in_a_row"]
-        self._window.load_state_dict(state["window"])
 
     def _groups_changed(self) -> bool:
         if self._optimizer is None:
             return False
         groups = [group["params"] for group in self._optimizer.param_groups]
         return len(groups) != len(self._seen) or any(
-            now is not then or len(now) != count for now, (then, count) in zip(groups, self._seen, strict=True)
+            len(now) != len(then) or not all(map(operator.is_, now, then))
+            for now, then in zip(groups, self._seen, strict=True)
         )
 
     def _select(self) -> None:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._seen = [(group["params"], len(group["params"])) for group in groups]
+        self._seen = [tuple(group["params"]) for group in groups]
         self._selection: Selection = self._names.select(self._optimizer)
         reduce.require_whole(zip(self._selection.names, self._selection.params, strict=True))
         self._limiter.serve(self._selection)
@@ -182,7 +193,7 @@ class Clipper:
         amp.unscale_(scaler, self._optimizer)
         return 1.0
 
-    def _act(self, outcome: Outcome, *, overflows: bool) -> StepStats:
+    def _act(self, outcome: Outcome) -> StepStats:
         """Guard, write, learn and record. Only a host row can stop or change what happens next."""
         self._steps += 1
         row = outcome.row
@@ -190,10 +201,11 @@ class Clipper:
             self._write(outcome)
             flags = row[Row._fields.index("finite")]
             self._limiter.learn(outcome, whole=flags != 0)
-            if overflows:
+            if self._scaled:
                 row[Row._fields.index("overflow")] = row[Row._fields.index("skipped")] = 1 - flags
+                row[Row._fields.index("changed")] *= flags
             return self._record(outcome, row)
-        if not row.finite and overflows:
+        if not row.finite and self._scaled:
             # The scaler calibrates itself by overflowing: it drops the step, and nothing is to be learned from it.
             return self._record(outcome, row._replace(skipped=1.0, changed=0.0, overflow=1.0))
         if not row.finite and self._policy.nonfinite != "ignore":
@@ -211,7 +223,8 @@ class Clipper:
     def _mend(self, outcome: Outcome, row: Row) -> StepStats:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         policy = self._policy.nonfinite
-        culprits = nonfinite.offenders(self._selection.names, outcome.norms.tolist())
+        gradients = [parameter.grad for parameter in self._selection.params]
+        culprits = nonfinite.offenders(self._selection.names, gradients)
         if policy == "raise":
             self._record(outcome, row)
             raise nonfinite.error(self._steps - 1, culprits)
@@ -238,14 +251,15 @@ class Clipper:
         params: Sequence[Tensor] = self._selection.params
         if len(coefs) > 1 and outcome.coefs.device.type == "cpu":
             # Gradients within their limit are not written.
-            touched = [i for i, coef in enumerate(by_parameter) if coef != 1]
+            changed = outcome.coefs.ne(1.0).tolist()
+            touched = [i for i, scope in enumerate(self._limiter.scopes.index) if changed[scope]]
             params, by_parameter = [params[i] for i in touched], [by_parameter[i] for i in touched]
         write.scale_(params, by_parameter)
 
     def _drop(self, outcome: Outcome, row: Row, reason: str) -> StepStats:
         write.drop_(self._selection.owned)
         stats = self._record(outcome, row)
-        self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank())
+        self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank(), bounded=not self._scaled)
         return stats
 
     def _excess(self, outcome: Outcome) -> str:

@@ -41,7 +41,7 @@ def require_same_meaning(method: ClipMethod, saved: Mapping[str, Any]) -> None:
         )
 
 
-def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Tensor) -> None:
+def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Tensor, *, strict: bool = True) -> None:
     """Give the method rows for the scopes of this run: known ones keep theirs, new ones start fresh.
 
     Args:
@@ -49,9 +49,10 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
         old: Scope names of the rows so far; empty at the start.
         new: Scope names of this run.
         size: A tensor `(len(new),)` on the device where the state shall live.
+        strict: Whether the rows come from a checkpoint, which must have some scope in common with this run.
 
     Raises:
-        ValueError: If rows were learned and no scope is common to both.
+        ValueError: If `strict`, rows were learned and no scope is common to both.
     """
     fresh = method.fresh_state(size)
     known = dict(method.state_dict())
@@ -59,7 +60,7 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
         places = {name: row for row, name in enumerate(old)}
         common = [(row, places[name]) for row, name in enumerate(new) if name in places]
         lost = [name for name in old if name not in set(new)]
-        if not common:
+        if not common and strict:
             raise ValueError(
                 f"the learned clipping state is about {_first(old)}, none of which is in this run ({_first(new)}); "
                 "resume with the same model, or use another name= to start afresh"
@@ -70,7 +71,8 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
                 RuntimeWarning,
                 stacklevel=2,
             )
-        targets, sources = (torch.tensor(rows, device=size.device) for rows in zip(*common, strict=True))
+        targets = torch.tensor([row for row, _ in common], dtype=torch.long, device=size.device)
+        sources = torch.tensor([row for _, row in common], dtype=torch.long, device=size.device)
         for name, value in fresh.items():
             value[targets] = known[name].to(size.device)[sources]
         known = fresh

@@ -51,6 +51,7 @@ class Limiter:
         self._measure_per = measure_per
         self._on_host = on_host
         self._rows_of: tuple[str, ...] = ()
+        self._strict = False
         self._arranged: Scopes | None = None
 
     def serve(self, selection: Selection) -> None:
@@ -85,12 +86,16 @@ class Limiter:
         """Learned values by scope name, with their fingerprint."""
         return learned.save(self._method, self._rows_of)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over learned values; they are arranged and moved to the device at the next step."""
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Take over learned values; they are arranged and moved to the device at the next step.
+
+        With `strict` it is an error there if none of their scopes is in this run.
+        """
         learned.require_same_meaning(self._method, state)
         self._rows_of = tuple(state["scopes"])
         self._method.load_state_dict(state["values"])
         self._arranged = None
+        self._strict = strict
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         method, p = self._method, self._method.norm_type
@@ -129,16 +134,13 @@ class Limiter:
         members = self.measured.members
         absent = [scope for scope, ones in enumerate(members) if all(gradients[i] is None for i in ones)]
         result = measure.scope_norms(norms, self.measured, self._method.norm_type)
-        if absent:
-            result = result.clone()
-            result[absent] = math.nan
-        return result
+        return result.index_fill(0, measure.integers_on(tuple(absent), result.device), math.nan) if absent else result
 
     def _root_counts(self, gradients: Gradients, norms: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
         counts = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        sums = [max(1, sum(counts[i] for i in ones)) for ones in self.scopes.members]
-        return torch.tensor([math.sqrt(one) for one in sums], dtype=norms.dtype, device=norms.device)
+        sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self.scopes.members)
+        return measure.integers_on(sums, norms.device).to(norms.dtype).sqrt()
 
     def _weights(self) -> Tensor:
         norms = reduce.global_sizes(measure.parameter_norms(self._params, self._method.norm_type))
@@ -146,6 +148,7 @@ class Limiter:
 
     def _arrange(self, sizes: Tensor) -> None:
         if self._arranged is not self.scopes:
-            learned.arrange(self._method, self._rows_of, self.scopes.names, sizes)
+            learned.arrange(self._method, self._rows_of, self.scopes.names, sizes, strict=self._strict)
             self._rows_of = self.scopes.names
+            self._strict = False
             self._arranged = self.scopes

@@ -5,11 +5,14 @@ where one float32 sum over 1e8 elements reads 1 % low. Norms other than 2 and in
 they are summed in float64.
 
 Two float32 entries of 1e20 overflow when squared and entries of 1e-25 vanish. A norm outside the range in which the
-fast sum is exact is therefore measured again in float64, scaled by the largest entry.
+fast sum is exact is therefore measured again in float64, scaled by the largest entry: on CPU each norm that
+needs it; on other devices, where looking at each would make the host wait, all of them when the host reads a joint norm
+that is out of range.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -93,7 +96,6 @@ def _vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype:
 
 def dense_values(tensor: Tensor) -> Tensor:
     """The stored entries: duplicates of a sparse gradient are added up first."""
-    tensor = tensor.detach()
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
@@ -180,10 +182,14 @@ def _together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def _spread(norms: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     """Norms of the tensors that are there among zeros for those that are not."""
-    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
-    spread = norms.new_zeros(len(tensors))
-    spread[torch.tensor(places, device=norms.device)] = norms
-    return spread
+    places = tuple(i for i, tensor in enumerate(tensors) if tensor is not None)
+    return norms.new_zeros(len(tensors)).index_copy(0, integers_on(places, norms.device), norms)
+
+
+@lru_cache(maxsize=64)
+def integers_on(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor, kept: copying them to a device anew at every step would make the host wait for it."""
+    return torch.tensor(values, device=device)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -3,15 +3,21 @@
 import warnings
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from lightning_gradclip.measure import dense_values
+
 _NAMED = 5
 
 
-def offenders(names: Sequence[str], norms: Sequence[float]) -> str:
+def offenders(names: Sequence[str], gradients: Sequence[Tensor | None]) -> str:
     """The first parameters whose gradient is not finite, as text."""
-    bad = [name for name, norm in zip(names, norms, strict=True) if not abs(norm) < float("inf")]
+    pairs = zip(names, gradients, strict=True)
+    bad = [name for name, one in pairs if one is not None and not torch.isfinite(dense_values(one)).all()]
     listed = ", ".join(bad[:_NAMED])
     more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-    return f"{listed}{more}" if bad else "no single parameter: the joint norm overflows"
+    return f"{listed}{more}" if bad else "no parameter: every entry is finite and their norm overflows"
 
 
 def error(step: int, culprits: str) -> FloatingPointError:
@@ -33,14 +39,14 @@ class Skips:
     def reset(self) -> None:
         self.in_a_row = 0
 
-    def add(self, step: int, reason: str, *, warn: bool) -> None:
-        """Count one dropped step.
+    def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
+        """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing.
 
         Raises:
             FloatingPointError: If more than `most` steps in a row were dropped.
         """
         self.in_a_row += 1
-        if self.most is not None and self.in_a_row > self.most:
+        if bounded and self.most is not None and self.in_a_row > self.most:
             raise FloatingPointError(
                 f"{self.in_a_row} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
                 f"training makes no progress. Lower the learning rate, check the data, or raise "

@@ -87,7 +87,7 @@ class Names:
         # The tensors are kept so that their identities stay theirs.
         self._tensors: dict[int, Tensor] = {}
         raw: dict[int, str] = {}
-        for name, parameter in named_parameters:
+        for name, parameter in _pairs(named_parameters):
             if id(parameter) not in raw:
                 raw[id(parameter)] = name
                 self._tensors[id(parameter)] = parameter
@@ -111,6 +111,11 @@ class Names:
                 name = self._clean.get(id(parameter), f"group{position}.{i}")
                 if id(parameter) not in chosen and self._admits(name, self._raw.get(id(parameter), name)):
                     chosen[id(parameter)] = (parameter, name, label)
+        if not chosen and owned and not any(self._admits(self._clean[key], name) for key, name in self._raw.items()):
+            raise ValueError(
+                f"include={list(self._include)!r} and exclude={list(self._exclude)!r} leave no parameter to clip; "
+                "include='*' and exclude=[] admit all"
+            )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
         return Selection(params, names, of_group, tuple(owned.values()))
 
@@ -130,6 +135,18 @@ class Names:
         )
 
 
+def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    remedy = "write Clipper(model.named_parameters(), ...)"
+    if not isinstance(named_parameters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"named_parameters must be pairs of name and parameter, got {named_parameters!r}; {remedy}")
+    for pair in named_parameters:
+        if isinstance(pair, Tensor) or not isinstance(pair[0], str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"named_parameters must be pairs of name and parameter, got a {type(pair).__name__}; {remedy}"
+            )
+        yield pair
+
+
 def clean_names(names: Sequence[str]) -> list[str]:
     """Names without the prefixes that wrappers insert; names that would collide keep theirs."""
     cleaned = [_WRAPPERS.sub("", name) for name in names]
@@ -140,7 +157,7 @@ def clean_names(names: Sequence[str]) -> list[str]:
 
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _suggestion(closest: Sequence[str]) -> str:

@@ -84,7 +84,7 @@ class StepStats:
         position = Row._fields.index(name)
         if isinstance(self.row, Tensor):
             return self.row[position]
-        return torch.tensor(self.row[position], dtype=torch.float64)
+        return torch.tensor(self.row[position], dtype=torch.float64, device="cpu")
 
 
 def pack(

@@ -288,3 +288,24 @@ def test_what_the_gradients_still_carry() -> None:
     assert_same(loop.gradients(), before)
     loop.finish()
     assert not amp.is_unscaled(loop.scaler, loop.optimizer)
+
+
+def test_over_limit_skips_do_not_end_a_run_under_a_scaler() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    options = {"action": "skip", "max_consecutive_skips": 1, "optimizer": optimizer}
+    clipper = Clipper([("p", parameter)], NormClip(), **options)
+
+    def step() -> bool:
+        scaler.scale(1e6 * parameter.sum()).backward()
+        skipped = clipper.step(scaler).skipped.item()
+        scaler.step(optimizer)
+        scaler.update()
+        return skipped
+
+    with pytest.warns(RuntimeWarning, match="over its limit"):
+        assert step()
+    assert all(step() for _ in range(3))
+    assert parameter.item() == 0.0
+    assert clipper.metrics()["skipped"] == 4.0

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from gradients import SCOPES, SHAPES, Witness, named, normal, same_bits, two_groups
+from running_max import RunningMax
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -478,3 +479,43 @@ def test_the_optimizer_it_serves_can_be_asked_for() -> None:
     optimizer = SGD([pairs[0][1]], lr=0.1)
     assert Clipper(pairs, None, optimizer=optimizer).optimizer is optimizer
     assert Clipper(pairs, None).optimizer is None
+
+
+class TestSelectionInMidRun:
+    def test_a_parameter_that_takes_anothers_place_in_its_group_is_served(self) -> None:
+        layer = torch.nn.Linear(3, 3, bias=False)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        clipper = Clipper(layer.named_parameters(), NormClip(), optimizer=optimizer)
+        layer.weight.grad = torch.ones(3, 3)
+        clipper.step()
+        new = torch.nn.Parameter(torch.zeros(3, 3))
+        new.grad = torch.full((3, 3), 100.0)
+        optimizer.param_groups[0]["params"][0] = new
+        assert clipper.step().norm.item() == pytest.approx(300.0, rel=1e-6)
+        assert new.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "options", [{"include": []}, {"exclude": "*"}, {"include": "weight", "exclude": "weight"}], ids=str
+    )
+    def test_patterns_that_leave_nothing_are_refused(self, options: dict[str, Any]) -> None:
+        layer = torch.nn.Linear(3, 3, bias=False)
+        with pytest.raises(ValueError, match="leave no parameter to clip"):
+            Clipper(layer.named_parameters(), NormClip(), **options)
+
+    def test_parameters_without_names_are_refused_with_the_way_out(self) -> None:
+        layer = torch.nn.Linear(3, 3)
+        for wrong in (layer.parameters(), layer):
+            with pytest.raises(TypeError, match=r"model\.named_parameters\(\)"):
+                Clipper(wrong, NormClip())
+
+    def test_a_clipper_that_follows_another_starts_fresh_where_nothing_is_known(self) -> None:
+        first, second = (torch.nn.Linear(2, 1, bias=False) for _ in range(2))
+        old = Clipper([("first", first.weight)], RunningMax(per="parameter"))
+        first.weight.grad = torch.full((1, 2), 3.0)
+        old.step()
+        new = Clipper([("second", second.weight)], RunningMax(per="parameter"))
+        new.follow(old)
+        second.weight.grad = torch.ones(1, 2)
+        with pytest.warns(RuntimeWarning, match="dropped the learned clipping state of first"):
+            assert new.step().limit.item() == math.inf
+        assert new.state_dict()["step"] == 2
