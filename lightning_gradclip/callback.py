@@ -6,7 +6,6 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -16,7 +15,8 @@ from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import Policy
 
 # Sharded gradients need a reduction over ranks, and DeepSpeed's engine keeps its gradients to itself.
-_UNSUPPORTED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+# By name, so that those of the package pytorch_lightning are known too.
+_UNSUPPORTED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _IN_BAR = ("norm", "clip_rate")
 # A default, so that a missing method is refused with the way to write one.
 _REQUIRED = cast("ClipMethod", ...)
@@ -109,6 +109,7 @@ class GradientClipping(Callback):
         self._several = False
         self._last_batch = 0
         self._had_backward = False
+        self._saw_step, self._batches = False, 0
 
     @property
     def state_key(self) -> str:
@@ -120,6 +121,7 @@ class GradientClipping(Callback):
         self._refuse_conflicts(trainer)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._clippers, self._saved = {}, {}
+        self._saw_step, self._batches = False, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
@@ -136,11 +138,13 @@ class GradientClipping(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
+        self._batches += 1
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._had_backward = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._saw_step = True
         index = _position(trainer, optimizer)
         if index is None:
             self._refuse_stranger(optimizer)
@@ -174,6 +178,11 @@ class GradientClipping(Callback):
             self._show(trainer, dict(self._metrics(clear=False)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._batches and not self._saw_step and not pl_module.automatic_optimization:
+            rank_zero_warn(
+                f"{type(self).__name__} saw no optimizer step in {self._batches} batches, so nothing was clipped; "
+                "under manual optimization step the optimizers that self.optimizers() returns"
+            )
         if self._logs:
             self._flush_rest(trainer)
 
@@ -197,7 +206,7 @@ class GradientClipping(Callback):
                 f"both Trainer(gradient_clip_val={clip_val}) and {type(self).__name__}({self.method!r}) clip; remove "
                 "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
             )
-        if isinstance(trainer.strategy, _UNSUPPORTED):
+        if _UNSUPPORTED & {base.__name__ for base in type(trainer.strategy).__mro__}:
             raise MisconfigurationException(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which no rank holds "
                 "whole gradients; train with strategy='ddp', or use Trainer(gradient_clip_val=...) where it works"

@@ -49,6 +49,8 @@ class Policy:
                 f"{watched} writes nothing, so nonfinite={nonfinite!r} cannot be kept; "
                 "use nonfinite='ignore' or 'raise', or action='clip'"
             )
+        if action == "skip" and method is None:
+            raise ValueError("method=None writes nothing, so action='skip' cannot be kept; give a method")
         if action == "skip" and method is not None and method.may_grow:
             raise ValueError(
                 f"action='skip' drops steps over a limit, but {method!r} also scales gradients up; "

@@ -7,6 +7,7 @@ value, which stands for no limit, holds until the next point is reached.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from numbers import Real
 from typing import cast
 
 from lightning_gradclip import checks
@@ -23,8 +24,11 @@ def scheduled(
     remedy: str = "",
 ) -> Scheduled:
     """Check a constant or a schedule and return it as a plain float or a plain dict sorted by step."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return checks.number(name, value, above=above, at_least=at_least, remedy=remedy)
+    if not isinstance(value, Mapping):
+        kinds = "a number or a schedule such as {0: 10.0, 1000: 1.0}"
+        raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
     points = cast("Mapping[object, object]", value)
     if not points:
         raise ValueError(f"{name} is an empty schedule; give at least one point, {name}={{0: 1.0}}")

@@ -424,3 +424,16 @@ def test_validating_and_testing_need_no_gradients() -> None:
     trainer.validate(Evaluated(), Batches(gradients(1)), verbose=False)
     trainer.test(Evaluated(), Batches(gradients(1)), verbose=False)
     assert not [key for key in trainer.callback_metrics if key.startswith("gradclip")]
+
+
+class Bypassing(Adversaries):
+    """Steps the bare optimizers, so that no hook fires."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers(use_pl_optimizer=False):
+            optimizer.step()
+
+
+def test_steps_that_no_hook_sees_are_announced() -> None:
+    with pytest.warns(UserWarning, match=r"saw no optimizer step in 3 batches, so nothing was clipped"):
+        fit(Bypassing(), list(zip(gradients(3), gradients(3), strict=True)), clipping())

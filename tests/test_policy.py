@@ -392,6 +392,10 @@ class TestArguments:
                 "use nonfinite='ignore' or 'raise', or action='clip'"
             )
             return
+        if method is None and action == "skip":
+            with pytest.raises(ValueError, match="method=None writes nothing, so action='skip' cannot be kept"):
+                Policy.of(method, action, nonfinite, 20)
+            return
         policy = Policy.of(method, action, nonfinite, 20)
         assert policy.nonfinite == nonfinite or (nonfinite is None and policy.nonfinite != "raise")
         if nonfinite is None:

@@ -91,7 +91,11 @@ def test_a_limit_may_end_at_infinity(step: int, value: float) -> None:
         ),
         ({0: 1.0, 1000: 0.0}, ValueError, "max_norm[1000] must be > 0, got 0.0; use None"),
         ({0: "1"}, TypeError, "max_norm[0] must be a number, got '1' (str); use None"),
-        ([(0, 1.0)], TypeError, "max_norm must be a number, got [(0, 1.0)] (list); use None"),
+        (
+            [(0, 1.0)],
+            TypeError,
+            "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got [(0, 1.0)] (list)",
+        ),
         (0, ValueError, "max_norm must be > 0, got 0; use None"),
     ],
 )

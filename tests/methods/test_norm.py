@@ -420,17 +420,17 @@ class TestArguments:
             (
                 {"max_norm": "abc"},
                 TypeError,
-                "max_norm must be a number, got 'abc' (str); to measure without clipping use method=None",
+                "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got 'abc' (str)",
             ),
             (
                 {"max_norm": True},
                 TypeError,
-                "max_norm must be a number, got True (bool); to measure without clipping use method=None",
+                "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got True (bool)",
             ),
             (
                 {"max_norm": None},
                 TypeError,
-                "max_norm must be a number, got None (NoneType); to measure without clipping use method=None",
+                "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got None (NoneType)",
             ),
             (
                 {"max_norm": {0: 1.0, 5: -2.0}},
