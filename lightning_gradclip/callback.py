@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks
-from lightning_gradclip.clipper import Clipper, check_options
+from lightning_gradclip import amp, checks, progress
+from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.policy import Policy
+from lightning_gradclip.policy import Policy, check_options
 
 # Sharded gradients need a reduction over ranks, and DeepSpeed's engine keeps its gradients to itself.
 # By name, so that those of the package pytorch_lightning are known too.
@@ -145,7 +145,7 @@ class GradientClipping(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._saw_step = True
-        index = _position(trainer, optimizer)
+        index = progress.position(trainer, optimizer)
         if index is None:
             self._refuse_stranger(optimizer)
             return
@@ -158,15 +158,15 @@ class GradientClipping(Callback):
         clipper = self._clippers.get(index)
         if clipper is None or clipper.optimizer is not optimizer:
             clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
-        self._last_batch = _batches(trainer)
+        self._last_batch = progress.batches(trainer)
         clipper.step(scaler)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._logs and (self._logs_now(trainer, pl_module) or _ends_now(trainer)):
+        if self._logs and (self._logs_now(trainer, pl_module) or progress.ends_now(trainer)):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
-            self._flush(trainer, _batches(trainer))
+            self._flush(trainer, progress.batches(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
@@ -237,11 +237,11 @@ class GradientClipping(Callback):
 
     def _logs_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether this batch is one on which Lightning logs, or ours with `log_every_n_steps`."""
-        if _accumulates(trainer) and pl_module.automatic_optimization:
+        if progress.accumulates(trainer) and pl_module.automatic_optimization:
             return False
         if self.log_every_n_steps is None:
             return trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        batches = _batches(trainer) + 1
+        batches = progress.batches(trainer) + 1
         return batches % self.log_every_n_steps == 0 or trainer.should_stop
 
     def _metrics(self, *, clear: bool) -> Iterator[tuple[str, float]]:
@@ -276,24 +276,3 @@ class GradientClipping(Callback):
         if self.prog_bar:
             shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}
             trainer.progress_bar_metrics.update(shown)  # type: ignore[attr-defined]
-
-
-def _position(trainer: Trainer, optimizer: Optimizer) -> int | None:
-    return next((index for index, one in enumerate(trainer.optimizers) if one is optimizer), None)
-
-
-def _batches(trainer: Trainer) -> int:
-    """Batches that stepped so far: the step axis on which Lightning logs."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
-
-
-def _accumulates(trainer: Trainer) -> bool:
-    """Whether this batch only accumulates gradients."""
-    return trainer.fit_loop._should_accumulate()  # pyright: ignore[reportPrivateUsage]
-
-
-def _ends_now(trainer: Trainer) -> bool:
-    """Whether training ends with this batch, unless something stops it earlier."""
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    last_epoch = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
-    return (steps != -1 and trainer.global_step >= steps) or (last_epoch and trainer.is_last_batch)

@@ -15,12 +15,10 @@ from lightning_gradclip import amp, checks, nonfinite, reduce, write
 from lightning_gradclip.limit import Limiter, Outcome
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.nonfinite import Skips
-from lightning_gradclip.policy import Policy
+from lightning_gradclip.policy import Policy, check_options
 from lightning_gradclip.select import Names, Selection
 from lightning_gradclip.stats import Row, StepStats
 from lightning_gradclip.window import Window
-
-_MEASURES = ("group", "layer", "parameter")
 
 
 class Clipper:
@@ -278,16 +276,3 @@ class Clipper:
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
         return StepStats(row, sizes, limits, self._limiter.scopes.names)
-
-
-def check_options(*, measure_per: str | None, fold: bool) -> None:
-    """Check what a clipper takes besides its policy and its patterns."""
-    if measure_per is not None:
-        checks.choice(
-            "measure_per",
-            measure_per,
-            _MEASURES,
-            remedy="None measures the method's own scope only",
-        )
-    if checks.flag("fold", fold):
-        raise ValueError("fold=True is not available in this version; use fold=False, which writes the gradients")

@@ -49,7 +49,7 @@ class Skips:
         if bounded and self.most is not None and self.in_a_row > self.most:
             raise FloatingPointError(
                 f"{self.in_a_row} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
-                f"training makes no progress. Lower the learning rate, check the data, raise the limit if there is one, "
+                "training makes no progress. Lower the learning rate, check the data, raise the limit, "
                 f"or raise max_consecutive_skips (now {self.most})"
             )
         if warn and not self._warned:

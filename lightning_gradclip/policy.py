@@ -6,6 +6,7 @@ from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 
 ACTIONS = ("clip", "skip", "observe")
+MEASURES = ("group", "layer", "parameter")
 NONFINITE = ("skip", "zero", "raise", "ignore")
 
 
@@ -79,3 +80,16 @@ def require_method(method: object) -> None:
     if isinstance(method, type) and issubclass(method, ClipMethod):
         raise TypeError(f"method must be an instance, got the class {method.__name__}; write {method.__name__}()")
     raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")
+
+
+def check_options(*, measure_per: str | None, fold: bool) -> None:
+    """Check what a clipper takes besides its policy and its patterns."""
+    if measure_per is not None:
+        checks.choice(
+            "measure_per",
+            measure_per,
+            MEASURES,
+            remedy="None measures the method's own scope only",
+        )
+    if checks.flag("fold", fold):
+        raise ValueError("fold=True is not available in this version; use fold=False, which writes the gradients")

@@ -24,7 +24,7 @@ def scheduled(
     remedy: str = "",
 ) -> Scheduled:
     """Check a constant or a schedule and return it as a plain float or a plain dict sorted by step."""
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, Real) and value is not True and value is not False:
         return checks.number(name, value, above=above, at_least=at_least, remedy=remedy)
     if not isinstance(value, Mapping):
         kinds = "a number or a schedule such as {0: 10.0, 1000: 1.0}"
