@@ -47,7 +47,10 @@ def main(config: DictConfig) -> float:
         trainer.fit(model, data, ckpt_path=config.ckpt_path)
     except FloatingPointError as error:  # clipping gives up on gradients that stay NaN or infinite
         stopped = str(error)
-    except (MisconfigurationException, FileNotFoundError) as error:
+    except (MisconfigurationException, FileNotFoundError, ValueError) as error:
+        # Mistakes that show only once the model is known, such as a pattern that matches no parameter.
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         sys.exit(str(error))
     if trainer.is_global_zero:
         conclude(config, data, trainer, stopped)

@@ -256,8 +256,9 @@ class GradientClipping(Callback):
         """Log the steps after the last log event, where Lightning does not save the loggers any more."""
         if any(clipper.has_news for clipper in self._clippers.values()):
             self._flush(trainer, self._last_batch)
-            for logger in trainer.loggers:
-                logger.save()
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.save()
 
     def _flush(self, trainer: Trainer, step: int) -> None:
         """Aggregate the window and write it on Lightning's own step axis."""
