@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     # The only list of public names. Type checkers read it as imports, `_public_names` as text.
     from lightning_gradclip.callback import GradientClipping as GradientClipping
     from lightning_gradclip.clipper import Clipper as Clipper
+    from lightning_gradclip.methods.agc import AGC as AGC
     from lightning_gradclip.methods.method import ClipMethod as ClipMethod
     from lightning_gradclip.methods.norm import NormClip as NormClip
+    from lightning_gradclip.methods.normalize import Normalize as Normalize
+    from lightning_gradclip.methods.value import ValueClip as ValueClip
     from lightning_gradclip.stats import StepStats as StepStats
 
     __version__: str

@@ -13,6 +13,7 @@ def number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    finite: bool = False,
     remedy: str = "",
 ) -> float:
     """Return `value` as a plain float, or say which number was expected."""
@@ -31,6 +32,8 @@ def number(
         )
         if math.isfinite(bound) and not kept
     ]
+    if finite and math.isinf(result):
+        bounds.append("finite")
     if math.isnan(result) or bounds:
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}, got {value!r}{_tail(remedy)}")
     return result

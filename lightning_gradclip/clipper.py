@@ -12,13 +12,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lightning_gradclip import amp, checks, nonfinite, reduce, write
+from lightning_gradclip.elements import ElementLimiter
 from lightning_gradclip.limit import Limiter, Outcome
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.nonfinite import Skips
 from lightning_gradclip.policy import Policy, check_options
 from lightning_gradclip.select import Names, Selection
 from lightning_gradclip.stats import Row, StepStats
+from lightning_gradclip.units import UnitLimiter
 from lightning_gradclip.window import Window
+
+# What is smaller than a parameter is measured and written in its own way.
+_LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": ElementLimiter}
 
 
 class Clipper:
@@ -63,7 +68,8 @@ class Clipper:
         self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
         check_options(measure_per=measure_per, fold=fold)
         own = Unlimited() if method is None else copy.deepcopy(method)
-        self._limiter = Limiter(own, measure_per, on_host=self._policy.decides_on_host)
+        kind = _LIMITERS.get(own.per, Limiter)
+        self._limiter = kind(own, measure_per, on_host=self._policy.decides_on_host)
         self._optimizer = optimizer
         self._names = Names(
             named_parameters,
@@ -211,7 +217,7 @@ class Clipper:
         if self._policy.action == "skip" and row.clipped:
             dropped = row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
             self._limiter.learn(outcome, whole=bool(row.finite))
-            return self._drop(outcome, dropped, self._excess(outcome))
+            return self._drop(outcome, dropped, self._limiter.excess(outcome))
         if row.changed:
             self._write(outcome)
         self._skips.reset()
@@ -235,24 +241,15 @@ class Clipper:
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             row = row._replace(finite=0.0, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            return self._drop(outcome, row, self._excess(outcome))
+            return self._drop(outcome, row, self._limiter.excess(outcome))
         if row.changed:
             self._write(outcome)
         self._skips.reset()
         return self._record(outcome, row._replace(finite=0.0, changed=1.0))
 
     def _write(self, outcome: Outcome) -> None:
-        if not self._policy.writes or outcome.coefs is None:
-            return
-        coefs = outcome.coefs.unbind()
-        by_parameter = [coefs[scope] for scope in self._limiter.scopes.index]
-        params: Sequence[Tensor] = self._selection.params
-        if len(coefs) > 1 and outcome.coefs.device.type == "cpu":
-            # Gradients within their limit are not written.
-            changed = outcome.coefs.ne(1.0).tolist()
-            touched = [i for i, scope in enumerate(self._limiter.scopes.index) if changed[scope]]
-            params, by_parameter = [params[i] for i in touched], [by_parameter[i] for i in touched]
-        write.scale_(params, by_parameter)
+        if self._policy.writes:
+            self._limiter.write(outcome)
 
     def _drop(self, outcome: Outcome, row: Row, reason: str) -> StepStats:
         write.drop_(self._selection.owned)
@@ -260,19 +257,14 @@ class Clipper:
         self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank(), bounded=not self._scaled)
         return stats
 
-    def _excess(self, outcome: Outcome) -> str:
-        worst = int((outcome.sizes / outcome.limits).nan_to_num(0.0).argmax())
-        size, limit = outcome.sizes[worst].item(), outcome.limits[worst].item()
-        return f"the size {size:g} of scope {self._limiter.scopes.names[worst]!r} is over its limit {limit:g}"
-
     def _record(self, outcome: Outcome, row: Row | Tensor) -> StepStats:
         self._window.add(row)
         if self._limiter.measured is not None and outcome.measured is not None:
             self._window.add_scopes(self._limiter.measured.names, outcome.measured)
-        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes.names)
+        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
 
     def _nothing(self) -> StepStats:
-        sizes = torch.zeros(len(self._limiter.scopes.names), dtype=torch.float64)
+        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64)
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-        return StepStats(row, sizes, limits, self._limiter.scopes.names)
+        return StepStats(row, sizes, limits, self._limiter.scopes)

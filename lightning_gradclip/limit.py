@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradclip import learned, measure, reduce
+from lightning_gradclip import learned, measure, reduce, write
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.select import Scopes, Selection
+from lightning_gradclip.scopes import Scopes, Units
+from lightning_gradclip.select import Selection
 from lightning_gradclip.stats import Row, pack, pack_one, untouched
 
 Gradients = Sequence[Tensor | None]
@@ -21,7 +22,6 @@ class Outcome:
     """One step before anything is done about it.
 
     Attributes:
-        norms: Norm of each parameter, `(P,)`.
         sizes: Statistic of each scope, `(S,)`.
         limits: Limit of each scope, `(S,)`.
         coefs: Coefficient of each scope, `(S,)`, exactly 1 where nothing is to be done; None: all are 1.
@@ -29,7 +29,6 @@ class Outcome:
         measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
     """
 
-    norms: Tensor
     sizes: Tensor
     limits: Tensor
     coefs: Tensor | None
@@ -39,6 +38,8 @@ class Outcome:
 
 class Limiter:
     """Runs one method over the parameters of one optimizer and keeps its learned values in order.
+
+    This one serves scopes made of whole parameters.
 
     Args:
         method: The method; changed only by `learn` and `load_state_dict`.
@@ -52,12 +53,12 @@ class Limiter:
         self._on_host = on_host
         self._rows_of: tuple[str, ...] = ()
         self._strict = False
-        self._arranged: Scopes | None = None
+        self._arranged: Scopes | Units | None = None
 
     def serve(self, selection: Selection) -> None:
         """Take over the parameters of this selection; learned values follow their scopes' names."""
         self._params = selection.params
-        self.scopes = selection.scopes(self._method.per)
+        self.scopes: Scopes | Units = self._scopes_of(selection)
         self.measured = selection.scopes(self._measure_per) if self._measure_per else None
 
     def judge(self, gradients: Gradients, step: int, scale: float | Tensor = 1.0) -> Outcome:
@@ -68,12 +69,31 @@ class Limiter:
             step: Steps taken before this one.
             scale: What the gradients are still multiplied by.
         """
-        p = self._method.norm_type
-        outcome = self._outcome(gradients, measure.parameter_norms(gradients, p), step, scale)
-        row, device = outcome.row, outcome.norms.device
-        if device.type != "cpu" and isinstance(row, Row) and measure.is_suspect(row.norm, p):
-            outcome = self._outcome(gradients, measure.exact_norms(gradients, p), step, scale)
+        outcome = self._outcome(gradients, self._norms(gradients), step, scale)
+        row, device = outcome.row, outcome.sizes.device
+        if device.type != "cpu" and isinstance(row, Row) and measure.is_suspect(row.norm, self._method.norm_type):
+            outcome = self._outcome(gradients, self._norms(gradients, exact=True), step, scale)
         return outcome
+
+    def write(self, outcome: Outcome) -> None:
+        """Scale the gradients as the coefficients say."""
+        if outcome.coefs is None:
+            return
+        coefs = outcome.coefs.unbind()
+        index = self._scopes.index
+        params: Sequence[Tensor] = self._params
+        if len(coefs) > 1 and outcome.coefs.device.type == "cpu":
+            # Gradients within their limit are not written.
+            changed = outcome.coefs.ne(1.0).tolist()
+            touched = [i for i, scope in enumerate(index) if changed[scope]]
+            params, index = [params[i] for i in touched], [index[i] for i in touched]
+        write.scale_(params, [coefs[scope] for scope in index])
+
+    def excess(self, outcome: Outcome) -> str:
+        """Which scope is furthest over its limit, in words."""
+        worst = int((outcome.sizes / outcome.limits).nan_to_num(0.0).argmax())
+        size, limit = outcome.sizes[worst].item(), outcome.limits[worst].item()
+        return f"the size {size:g} of scope {self.scopes.names[worst]!r} is over its limit {limit:g}"
 
     def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
         """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
@@ -102,12 +122,14 @@ class Limiter:
         norms = reduce.global_sizes(local_norms)
         if scale != 1.0:
             norms = norms / scale
-        scope_norms = measure.scope_norms(norms, self.scopes, p)
+        scope_norms = self._scope_norms(norms)
         sizes = scope_norms
         if method.statistic == "rms":
             sizes = scope_norms / self._root_counts(gradients, norms)
-        self._arrange(sizes)
-        limits = method.limit(sizes, self._weights() if method.needs_weight else None, step)
+        if method.adaptive:
+            self._arrange(sizes)
+        weights = self._weights(gradients) if method.needs_weight else None
+        limits = method.limit(sizes, weights, step)
         if method.adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
             limits = torch.where(limits > 0, limits, math.inf)
@@ -117,34 +139,52 @@ class Limiter:
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = on_cpu and not method.may_grow
         if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
-            return Outcome(norms, sizes, limits, None, untouched(norm, limits), measured)
+            return Outcome(sizes, limits, None, untouched(norm, limits), measured)
         coefs = torch.where(torch.isfinite(sizes), method.coef(sizes, limits), 1.0)
         row: Row | Tensor
         if on_cpu and len(sizes) == 1:
             row = pack_one(joint.item(), sizes.item(), limits.item(), coefs.item())
         else:
-            row = pack(joint, scope_norms, sizes, limits, coefs, p)
-            if on_cpu or self._on_host:
-                row = Row(*row.tolist())
-        return Outcome(norms, sizes, limits, coefs, row, measured)
+            row = self._on_host_if_asked(pack(joint, scope_norms, sizes, limits, coefs, p))
+        return Outcome(sizes, limits, coefs, row, measured)
+
+    def _scopes_of(self, selection: Selection) -> Scopes | Units:
+        self._scopes = selection.scopes(self._method.per)
+        return self._scopes
+
+    def _norms(self, tensors: Gradients, *, exact: bool = False) -> Tensor:
+        """Local norms of what the scopes are made of: here, of whole parameters, `(P,)`."""
+        measured = measure.exact_norms if exact else measure.parameter_norms
+        return measured(tensors, self._method.norm_type)
+
+    def _scope_norms(self, norms: Tensor) -> Tensor:
+        return measure.scope_norms(norms, self._scopes, self._method.norm_type)
+
+    def _parameter_norms(self, norms: Tensor) -> Tensor:
+        return norms
 
     def _measured_norms(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
         if self.measured is None:
             return None
         members = self.measured.members
         absent = [scope for scope, ones in enumerate(members) if all(gradients[i] is None for i in ones)]
-        result = measure.scope_norms(norms, self.measured, self._method.norm_type)
+        result = measure.scope_norms(self._parameter_norms(norms), self.measured, self._method.norm_type)
         return result.index_fill(0, measure.integers_on(tuple(absent), result.device), math.nan) if absent else result
 
     def _root_counts(self, gradients: Gradients, norms: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
         counts = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self.scopes.members)
+        sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self._scopes.members)
         return measure.integers_on(sums, norms.device).to(norms.dtype).sqrt()
 
-    def _weights(self) -> Tensor:
-        norms = reduce.global_sizes(measure.parameter_norms(self._params, self._method.norm_type))
-        return measure.scope_norms(norms, self.scopes, self._method.norm_type)
+    def _weights(self, gradients: Gradients) -> Tensor:
+        """The norm of the weights of each scope, `(S,)`, of those that have a gradient."""
+        pairs = zip(self._params, gradients, strict=True)
+        weights = [None if gradient is None else parameter for parameter, gradient in pairs]
+        return self._scope_norms(reduce.global_sizes(self._norms(weights)))
+
+    def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
+        return Row(*row.tolist()) if self._on_host or row.device.type == "cpu" else row
 
     def _arrange(self, sizes: Tensor) -> None:
         if self._arranged is not self.scopes:

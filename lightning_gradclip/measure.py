@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_gradclip.select import Scopes
+from lightning_gradclip.scopes import Scopes
 
 _COLUMNS = 512  # even equal entries, whose rounding errors all agree, stay within 3e-7
 _LARGE = 2048
@@ -56,41 +56,48 @@ def exact_norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
 
 def is_suspect(norm: float, norm_type: float) -> bool:
     """Whether a fast norm may have overflowed or underflowed."""
-    return not _smallest(norm_type) <= norm < math.inf
+    return not smallest(norm_type) <= norm < math.inf
 
 
 def scope_norms(norms: Tensor, scopes: Scopes, norm_type: float) -> Tensor:
     """The joint p-norm of each scope, `(S,)`, from the norm of each parameter."""
-    count = len(scopes.names)
+    count = scopes.count
     if count == len(scopes.index) > 1:
         return norms
     if count == 1:
         return joint_norm(norms, norm_type).view(1)
-    index, zeros = scopes.index_on(norms.device), norms.new_zeros(count)
+    return grouped_norms(norms, scopes.index_on(norms.device), count, norm_type)
+
+
+def grouped_norms(norms: Tensor, index: Tensor, count: int, norm_type: float) -> Tensor:
+    """The joint p-norm of each group, `(count,)`, from norms `(N,)` and the group of each, `(N,)`."""
+    zeros = norms.new_zeros(count)
     largest = zeros.scatter_reduce(0, index, norms, "amax")
     if math.isinf(norm_type):
         return largest
-    # Higher powers would leave the range of float64: each scope is scaled by its largest norm.
+    # Higher powers would leave the range of float64: each group is scaled by its largest norm.
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     sums = zeros.scatter_add(0, index, (norms / scale[index]).pow(norm_type))
     return scale * sums.pow(1.0 / norm_type)
 
 
 def joint_norm(norms: Tensor, norm_type: float) -> Tensor:
-    """The p-norm of a vector of p-norms, 0-d; 0 for none."""
+    """The p-norm of a vector of p-norms, 0-d, in the widest dtype; 0 for none."""
+    norms = norms.to(widest(norms.device))
     if norms.numel() == 0:
         return norms.new_zeros(())
     if norm_type <= 2.0 or math.isinf(norm_type):
-        norm = _vector_norm(norms, norm_type)
+        norm = vector_norm(norms, norm_type)
         if norms.device.type != "cpu" or 1e-100 < norm.item() < 1e100:
             return norm
     # Higher powers, and float64 gradients of extreme size, leave the range of float64.
     largest = norms.amax()
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return scale * _vector_norm(norms / scale, norm_type)
+    return scale * vector_norm(norms / scale, norm_type)
 
 
-def _vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """torch's, which is not annotated."""
     return torch.linalg.vector_norm(value, norm_type, dim=dim, dtype=dtype)
 
 
@@ -110,9 +117,9 @@ def _fast_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
             alike.setdefault((value.device, value.dtype), []).append(i)
     found = [(i, _row_norm(values[i], norm_type)) for i in by_rows]
     for (_, dtype), places in alike.items():
-        norms = _foreach_norm([values[i] for i in places], norm_type, _accumulator(dtype, norm_type))
+        norms = _foreach_norm([values[i] for i in places], norm_type, accumulator(dtype, norm_type))
         if len(places) == len(values):
-            return torch.stack(norms).to(device, _widest(device))
+            return torch.stack(norms).to(device, widest(device))
         found += zip(places, norms, strict=True)
     result = [torch.zeros((), device=device)] * len(values)
     for i, norm in found:
@@ -121,21 +128,21 @@ def _fast_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
 
 
 def _row_norm(value: Tensor, norm_type: float) -> Tensor:
-    value = _in_memory_order(value)
+    value = in_memory_order(value)
     if not value.is_contiguous():
         # Strided or expanded, which autograd does not produce: slow and exact.
-        return _vector_norm(value.abs(), norm_type, dtype=torch.float64)
-    wide = _accumulator(value.dtype, norm_type)
+        return vector_norm(value.abs(), norm_type, dtype=torch.float64)
+    wide = accumulator(value.dtype, norm_type)
     flat = value.view(-1)
     whole = flat.numel() // _COLUMNS * _COLUMNS
-    rows = _vector_norm(flat[:whole].view(-1, _COLUMNS), norm_type, dim=1, dtype=wide)
+    rows = vector_norm(flat[:whole].view(-1, _COLUMNS), norm_type, dim=1, dtype=wide)
     if whole < flat.numel():
-        rows = torch.cat((rows, _vector_norm(flat[whole:], norm_type, dtype=wide).view(1)))
-    return _vector_norm(rows, norm_type, dtype=torch.float64)
+        rows = torch.cat((rows, vector_norm(flat[whole:], norm_type, dtype=wide).view(1)))
+    return vector_norm(rows, norm_type, dtype=torch.float64)
 
 
-def _accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
-    """The dtype to sum in; None: the gradient's own."""
+def accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
+    """The dtype to sum in; None: the gradient's own, which is wide enough."""
     if norm_type != 2.0 and not math.isinf(norm_type):
         return torch.complex128 if dtype.is_complex else torch.float64
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
@@ -146,7 +153,7 @@ def _foreach_norm(values: list[Tensor], norm_type: float, dtype: torch.dtype | N
     return torch._foreach_norm(values, norm_type, dtype=dtype)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
-def _in_memory_order(value: Tensor) -> Tensor:
+def in_memory_order(value: Tensor) -> Tensor:
     """A view with the strides descending, contiguous for channels-last and transposed tensors."""
     if value.is_contiguous():
         return value
@@ -169,12 +176,14 @@ def _exact_norm(value: Tensor, norm_type: float) -> Tensor:
         return torch.zeros((), device=value.device)
     magnitude = value.abs()
     largest = magnitude.amax()
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(_widest(value.device))
-    return scale * _vector_norm(magnitude.to(scale.dtype) / scale, norm_type)
+    if value.device.type == "cpu" and largest.item() == 0:
+        return largest
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(widest(value.device))
+    return scale * vector_norm(magnitude.to(scale.dtype) / scale, norm_type)
 
 
 def _together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
-    wide = _widest(device)
+    wide = widest(device)
     if len({(norm.device, norm.dtype) for norm in norms}) == 1:
         return torch.stack(list(norms)).to(device, wide)
     return torch.stack([norm.to(device, wide) for norm in norms])
@@ -192,10 +201,11 @@ def integers_on(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _smallest(norm_type: float) -> float:
+def smallest(norm_type: float) -> float:
     """Norms below this may have lost entries whose p-th power is below float32's normal range, about 1e-38."""
     return 0.0 if math.isinf(norm_type) else 1e-24 ** (1.0 / norm_type)

@@ -7,6 +7,7 @@ value, which stands for no limit, holds until the next point is reached.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import cast
 
@@ -21,11 +22,14 @@ def scheduled(
     *,
     above: float = float("-inf"),
     at_least: float = float("-inf"),
+    at_most: float = float("inf"),
+    finite: bool = False,
     remedy: str = "",
 ) -> Scheduled:
     """Check a constant or a schedule and return it as a plain float or a plain dict sorted by step."""
+    check = partial(checks.number, above=above, at_least=at_least, at_most=at_most, finite=finite, remedy=remedy)
     if isinstance(value, Real) and value is not True and value is not False:
-        return checks.number(name, value, above=above, at_least=at_least, remedy=remedy)
+        return check(name, value)
     if not isinstance(value, Mapping):
         kinds = "a number or a schedule such as {0: 10.0, 1000: 1.0}"
         raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
@@ -36,10 +40,7 @@ def scheduled(
         checks.integer(f"{name}'s step", step, at_least=0, remedy=f"write {name}={{0: 10.0, 1000: 1.0}}"): step
         for step in points
     }
-    return {
-        step: checks.number(f"{name}[{step}]", points[steps[step]], above=above, at_least=at_least, remedy=remedy)
-        for step in sorted(steps)
-    }
+    return {step: check(f"{name}[{step}]", points[steps[step]]) for step in sorted(steps)}
 
 
 def value_at(value: Scheduled, step: int) -> float:
@@ -54,8 +55,9 @@ def value_at(value: Scheduled, step: int) -> float:
     if after == len(steps) or step == left:
         return value[left]
     right = steps[after]
-    if math.inf in (value[left], value[right]):
-        return math.inf
+    for end in (value[left], value[right]):
+        if math.isinf(end):
+            return end
     share = (step - left) / (right - left)
     return value[left] + share * (value[right] - value[left])
 

@@ -1,51 +1,19 @@
-"""Which parameters a clipper serves, what they are called, and which scope each belongs to."""
+"""Which parameters a clipper serves, and what they are called."""
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradclip.scopes import Scopes, Units
+
 # Names that torch.compile, FSDP, activation checkpointing and Fabric insert into a module's parameter names.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-
-
-@dataclass(frozen=True)
-class Scopes:
-    """Where to measure: the names of `S` scopes, and for each parameter the index of its scope."""
-
-    names: tuple[str, ...]
-    index: tuple[int, ...]
-
-    @staticmethod
-    def of(labels: Sequence[str]) -> "Scopes":
-        """Scopes from one label for each parameter, in order of first appearance."""
-        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        return Scopes(tuple(order), tuple(order[label] for label in labels))
-
-    def index_on(self, device: torch.device) -> Tensor:
-        """`index` as a tensor `(P,)`, moved to each device once."""
-        if device not in self._indices:
-            self._indices[device] = torch.tensor(self.index, device=device)
-        return self._indices[device]
-
-    @cached_property
-    def _indices(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    @cached_property
-    def members(self) -> tuple[tuple[int, ...], ...]:
-        """For each scope the indices of its parameters."""
-        lists: list[list[int]] = [[] for _ in self.names]
-        for parameter, scope in enumerate(self.index):
-            lists[scope].append(parameter)
-        return tuple(tuple(one) for one in lists)
 
 
 @dataclass(frozen=True)
@@ -66,13 +34,17 @@ class Selection:
 
     def scopes(self, per: str) -> Scopes:
         """The scopes of one kind; they do not depend on which gradients are present."""
-        if per == "model":
+        if per in ("model", "element"):
             return Scopes(("model",), (0,) * len(self.params))
         if per == "group":
             return Scopes.of(self.groups)
         if per == "layer":
             return Scopes.of([name.rpartition(".")[0] or "root" for name in self.names])
         return Scopes.of(self.names)
+
+    def units(self) -> Units:
+        """The output units of all parameters."""
+        return Units.of(self.names, self.params)
 
 
 class Names:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import measure
+from lightning_gradclip.scopes import Scopes, Units
 
 
 class Row(NamedTuple):
@@ -37,13 +38,18 @@ class StepStats:
         row: The packed row: host floats on CPU, otherwise a float64 tensor on the device.
         sizes: What was measured in each scope, before clipping, `(S,)`.
         limits: What was allowed in each scope, `(S,)`; +inf where there is no limit.
-        scopes: The names of the scopes.
+        places: The scopes.
     """
 
     row: Row | Tensor
     sizes: Tensor
     limits: Tensor
-    scopes: tuple[str, ...]
+    places: Scopes | Units
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The names of the scopes, `S` of them."""
+        return self.places.names
 
     @property
     def norm(self) -> Tensor:
@@ -108,6 +114,23 @@ def pack(
         "finite": torch.isfinite(norm).to(norm.dtype),
         "skipped": zero,
         "changed": (coefs != 1).any().to(norm.dtype),
+        "overflow": zero,
+    }
+    return torch.stack([values[name] for name in Row._fields])
+
+
+def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tensor) -> Tensor:
+    """The same where single entries are limited: `share` of them is outside the bounds, and no factor is applied."""
+    zero, one = torch.zeros_like(norm), torch.ones_like(norm)
+    values = {
+        "norm": norm,
+        "norm_clipped": norm_clipped,
+        "limit": one * limit,
+        "coef": one * math.nan,
+        "clipped": share,
+        "finite": torch.isfinite(norm).to(norm.dtype),
+        "skipped": zero,
+        "changed": (share > 0).to(norm.dtype),
         "overflow": zero,
     }
     return torch.stack([values[name] for name in Row._fields])

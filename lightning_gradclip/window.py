@@ -124,7 +124,8 @@ class Window:
             ("norm_clipped", "norm_clipped", finite),
             ("norm_max", "norm", finite),
             ("limit", "limit", finite & torch.isfinite(columns["limit"])),
-            ("coef_min", "coef", finite),
+            # NaN where no factor is applied.
+            ("coef_min", "coef", finite & torch.isfinite(columns["coef"])),
         ):
             _update(self._metrics[name], columns[column][counted])
         _update(self._metrics["clip_rate"], columns["changed"])

@@ -31,6 +31,25 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
                 _multiply_(gradients, list(part.to(device, dtype).unbind()))
 
 
+def scale_units_(parameter: Tensor, coefs: Tensor) -> None:
+    """Multiply each slice of the parameter's gradient along dim 0 by its coefficient, `(rows,)`."""
+    if (gradient := parameter.grad) is None:
+        return
+    values = _stored_values(parameter, gradient)
+    if gradient.is_sparse:
+        coefs = coefs[gradient.coalesce().indices()[0]]
+    factor = torch.float64 if values.dtype in _DOUBLE else torch.float32
+    for part in _parts(coefs):
+        values.mul_(part.to(values.device, factor).view(-1, *[1] * (values.ndim - 1)))
+
+
+def clamp_(params: Iterable[Tensor], low: float, high: float) -> None:
+    """Replace entries below `low` by it and entries above `high` by that; NaN stays."""
+    for parameter in params:
+        if (gradient := parameter.grad) is not None:
+            _stored_values(parameter, gradient).clamp_(low, high)
+
+
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:
     """Replace NaN and infinite entries by zero; by a mask, since 0 * inf is NaN."""
     for parameter in params:

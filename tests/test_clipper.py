@@ -95,7 +95,7 @@ class TestStepStats:
 
     def test_a_row_on_a_device_gives_the_same_fields(self) -> None:
         stats = Clipper(named({"a": torch.tensor([3.0])}), NormClip()).step()
-        packed = StepStats(torch.tensor(stats.row, dtype=torch.float64), stats.sizes, stats.limits, stats.scopes)
+        packed = StepStats(torch.tensor(stats.row, dtype=torch.float64), stats.sizes, stats.limits, stats.places)
         for name in ("norm", "norm_clipped", "limit", "coef", "clipped", "finite", "skipped"):
             assert torch.equal(getattr(packed, name), getattr(stats, name))
 

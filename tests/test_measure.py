@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_gradclip import measure
-from lightning_gradclip.select import Scopes
+from lightning_gradclip.scopes import Scopes
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 # Around the size above which a tensor is measured by rows, and with a last row that is not full.

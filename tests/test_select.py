@@ -6,7 +6,8 @@ from gradients import SCOPES, named, normal, two_groups
 from torch import nn
 from torch.nn import Parameter
 
-from lightning_gradclip.select import Names, Scopes, clean_names
+from lightning_gradclip.scopes import Scopes
+from lightning_gradclip.select import Names, clean_names
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,8 @@ class ClipMethod:
     (float32 on devices without it) and on the gradients' device.
 
     Attributes:
-        per: Where to measure: "model", "group", "layer" or "parameter".
+        per: Where to measure: "model", "group", "layer" or "parameter"; "unit" for each slice of a weight along dim 0
+            (a bias is one unit), "element" for methods that give bounds instead of limits.
         norm_type: The p of the p-norm, in (0, inf].
         statistic: "norm", or "rms" for the norm divided by the square root of the number of elements.
         scopes: The values of `per` that the method accepts.
@@ -54,6 +55,10 @@ class ClipMethod:
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
         """The factor for each scope, `(S,)`: by default limit / (size + 1e-6) above the limit and exactly 1 within."""
         return torch.where(size > limit, limit / (size + _EPSILON), 1.0)
+
+    def bounds(self, step: int) -> tuple[float, float]:
+        """The smallest and largest entry allowed, for per="element" only, where it takes the place of `coef`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bounds(step)")
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         """Learned values of scopes that were never seen, each of shape `(S, ...)` on the device of `size`.

@@ -1,0 +1,62 @@
+"""Gradient normalization: every scope is rescaled to one norm, upward too.
+
+Rule: with x the norm of a scope, its gradients are multiplied by target / (x + smoothing). Only their direction is
+left: the step size is that of the learning rate.
+
+Source: g / (a + x) with a = smoothing and target 1 is `optax.normalize_by_update_norm`; E. Hazan, K. Levy,
+S. Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization", NeurIPS 2015, algorithm 1 (normalized
+gradient descent), has smoothing 0; per="layer" is the block-wise normalization of A. W. Yu et al., "Block-Normalized
+Gradient Method", 2017.
+
+Deviations: scopes whose gradient is exactly zero stay as they are.
+
+Suggested values: target 1.0, with a learning rate for steps of that length. Where `smoothing` is far above the usual
+norm the method multiplies by the constant target / smoothing; far below, vanishing gradients are blown up to full
+length, their noise included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import checks
+from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.schedule import Scheduled, scheduled, value_at
+
+
+@dataclass(kw_only=True)
+class Normalize(ClipMethod):
+    """Rescale gradients to the norm `target` at every step, whether they are larger or smaller.
+
+    Args:
+        target: The norm to rescale to, > 0 and finite, in units of the gradient. A mapping from optimizer step to
+            value, such as {0: 0.1, 1000: 1.0}, is interpolated linearly.
+        smoothing: Added to the norm before dividing, >= 0, in units of the gradient: norms far below it are not
+            raised to the target. 0 normalizes however small the gradient is.
+        norm_type: The p of the p-norm, in (0, inf].
+        per: Where the norm is taken and set: "model", "group", "layer" or "parameter".
+
+    Raises:
+        TypeError: If a number is not a number.
+        ValueError: If a number is out of range, or `per` is unknown.
+    """
+
+    may_grow = True
+
+    target: Scheduled = 1.0
+    smoothing: float = 1e-6
+    norm_type: float = 2.0
+    per: str = "model"
+
+    def __post_init__(self) -> None:
+        self.target = scheduled("target", self.target, above=0.0, finite=True)
+        self.smoothing = checks.number("smoothing", self.smoothing, at_least=0.0, finite=True)
+        self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
+        checks.choice("per", self.per, self.scopes)
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        return torch.full_like(size, value_at(self.target, step))
+
+    def coef(self, size: Tensor, limit: Tensor) -> Tensor:
+        return torch.where(size > 0, limit / (size + self.smoothing), 1.0)

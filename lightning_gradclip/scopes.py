@@ -1,0 +1,91 @@
+"""Where to measure: scopes of whole parameters, or the output units inside them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """Where to measure: the names of `S` scopes, and for each parameter the index of its scope."""
+
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+
+    @staticmethod
+    def of(labels: Sequence[str]) -> "Scopes":
+        """Scopes from one label for each parameter, in order of first appearance."""
+        order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return Scopes(tuple(order), tuple(order[label] for label in labels))
+
+    @property
+    def count(self) -> int:
+        """The number of scopes, `S`."""
+        return len(self.names)
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """`index` as a tensor `(P,)`, moved to each device once."""
+        if device not in self._indices:
+            self._indices[device] = torch.tensor(self.index, device=device)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    @cached_property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """For each scope the indices of its parameters."""
+        lists: list[list[int]] = [[] for _ in self.names]
+        for parameter, scope in enumerate(self.index):
+            lists[scope].append(parameter)
+        return tuple(tuple(one) for one in lists)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The output units of some parameters, in order, each a scope.
+
+    A unit is a slice of a weight along dim 0, one for each output of its layer; a bias or scalar is one unit.
+
+    Attributes:
+        parameters: The names of the parameters.
+        rows: The number of units of each parameter.
+        sliced: For each parameter whether its units are slices of it.
+    """
+
+    parameters: tuple[str, ...]
+    rows: tuple[int, ...]
+    sliced: tuple[bool, ...]
+
+    @staticmethod
+    def of(names: Sequence[str], params: Sequence[Tensor]) -> "Units":
+        """The units of these parameters."""
+        sliced = tuple(parameter.ndim > 1 for parameter in params)
+        rows = tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in params)
+        return Units(tuple(names), rows, sliced)
+
+    @property
+    def count(self) -> int:
+        """The number of units, `S`."""
+        return sum(self.rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Such as "conv.weight[3]" and "conv.bias"; made when asked for, since a large model has a million."""
+        pieces = zip(self.parameters, self.rows, self.sliced, strict=True)
+        return tuple(f"{name}[{i}]" if sliced else name for name, rows, sliced in pieces for i in range(rows))
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """For each unit the index of its parameter, `(S,)`, moved to each device once."""
+        if device not in self._indices:
+            rows = torch.tensor(self.rows, dtype=torch.long, device="cpu")
+            self._indices[device] = torch.arange(len(rows), device="cpu").repeat_interleave(rows).to(device)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
