@@ -15,8 +15,8 @@ from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.scopes import Units
 from lightning_gradclip.select import Selection
 
-# One float32 sum over more entries than this loses the sixth digit.
-_LONG = 16384
+# One float32 sum over more entries than this loses the sixth digit; up to here the norms are bit for bit those of torch.
+_LONG = 8192
 
 
 class UnitLimiter(Limiter):
@@ -108,7 +108,8 @@ def _fast_norms(matrix: Tensor, norm_type: float) -> Tensor:
     if columns <= _LONG:
         return measure.vector_norm(matrix, norm_type, dim=1, dtype=wide)
     pieces = [measure.vector_norm(part, norm_type, dim=1, dtype=wide) for part in matrix.split(_LONG, dim=1)]
-    return measure.vector_norm(torch.stack(pieces, dim=1), norm_type, dim=1, dtype=measure.widest(matrix.device))
+    norms = measure.vector_norm(torch.stack(pieces, dim=1), norm_type, dim=1, dtype=measure.widest(matrix.device))
+    return norms.to(pieces[0].dtype)
 
 
 def _exact_norms(matrix: Tensor, norm_type: float) -> Tensor:
