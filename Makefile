@@ -44,9 +44,10 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS)
+$(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) tests/peers.txt
 	@echo "==> Installing the package and what it needs (torch is large: this can take minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/peers.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

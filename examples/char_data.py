@@ -5,10 +5,10 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
+from batches import RandomBatches
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class CharData(LightningDataModule):
@@ -37,53 +37,34 @@ class CharData(LightningDataModule):
     def decode(self, codes: Tensor) -> str:
         return "".join(self.characters[code] for code in codes.tolist())
 
-    def loss_of_guessing(self) -> float:
-        """The validation loss of guessing characters by their frequency alone."""
+    def facts(self) -> dict[str, int]:
+        """What the model has to know."""
+        return {"characters": len(self.characters)}
+
+    def describe(self) -> str:
+        size = len(self.train_codes) + len(self.val_codes)
+        return f"{self.source}, {size:,} characters, {len(self.characters)} different ones"
+
+    def guessing(self) -> dict[str, float]:
+        """What guessing characters by their frequency alone achieves."""
         counts = torch.bincount(self.train_codes, minlength=len(self.characters)) + 1.0
-        return -(counts / counts.sum()).log()[self.val_codes].mean().item()
+        return {"val/loss": -(counts / counts.sum()).log()[self.val_codes].mean().item()}
+
+    def draw(self, random: np.random.Generator) -> np.ndarray:
+        return random.integers(len(self.train_codes) - self.length, size=self.batch_size)
+
+    def examples(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        windows = self.train_codes[starts[:, None] + torch.arange(self.length + 1)]
+        return windows[:, :-1], windows[:, 1:]
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(RandomWindows(self), batch_size=None)
+        batches = len(self.train_codes) // (self.batch_size * self.length)
+        return DataLoader(RandomBatches(self, batches), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         windows = self.val_codes.unfold(0, self.length + 1, self.length)
         mine = windows[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(TensorDataset(mine[:, :-1], mine[:, 1:]), self.batch_size)
-
-
-class RandomWindows(IterableDataset):
-    """The training batches of one rank.
-
-    A batch depends on its number and the seed alone: a resumed run goes on where the first one
-    stopped, and several ranks share out the windows that one process would take.
-    """
-
-    def __init__(self, data: CharData):
-        trainer = data.trainer
-        if data.batch_size % trainer.world_size:
-            raise MisconfigurationException(
-                f"data.batch_size={data.batch_size} cannot be shared equally by "
-                f"{trainer.world_size} ranks; make it a multiple of {trainer.world_size}"
-            )
-        self.data, self.trainer = data, trainer
-        if trainer.max_steps > 0:
-            self.batches = trainer.max_steps * trainer.accumulate_grad_batches
-        else:
-            self.batches = len(data.train_codes) // (data.batch_size * data.length)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self):
-        data, codes = self.data, self.data.train_codes
-        offsets = torch.arange(data.length + 1)
-        first = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        for number in range(first, first + self.batches):
-            random = np.random.default_rng([data.seed, number])
-            starts = torch.from_numpy(random.integers(len(codes) - data.length, size=data.batch_size))
-            mine = starts[self.trainer.global_rank :: self.trainer.world_size]
-            windows = codes[mine[:, None] + offsets]
-            yield windows[:, :-1], windows[:, 1:]
 
 
 def python_manual() -> str:

@@ -3,7 +3,13 @@
 from lightning.pytorch import callbacks
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = {"train/loss": "loss", "val/loss": "val", "gradclip/norm": "norm"}
+SHOWN = {
+    "train/loss": "loss",
+    "val/loss": "val",
+    "val/accuracy": "accuracy",
+    "val/return": "return",
+    "gradclip/norm": "norm",
+}
 
 
 class ProgressBar(callbacks.ProgressBar):

@@ -7,62 +7,62 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from char_data import CharData
-from char_model import CharModel
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
 Log = dict[str, list[tuple[int, float]]]  # the (step, value) pairs of each metric
 
 
-def announce(config: DictConfig, data: CharData, model: CharModel, trainer: Trainer) -> None:
+def announce(config: DictConfig, data: LightningDataModule, model: LightningModule, trainer: Trainer) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters())
-    size = len(data.train_codes) + len(data.val_codes)
     node = config.callbacks.get("gradclip")
     clipping = HydraConfig.get().runtime.choices.get("callbacks/gradclip") if node else "none"
     if node and node.get("method"):
         clipping = f"{clipping}: {described(node.method)}, action={node.action}"
     rows = {
         "model": f"{described(config.model)}, {weights:,} weights",
-        "text": f"{data.source}, {size:,} characters, {len(data.characters)} different ones",
+        "data": data.describe(),
         "optimizer": described(config.optimizer),
         "clipping": clipping,
         "output": short(trainer.default_root_dir),
     }
     if config.ckpt_path:
         rows["resuming"] = config.ckpt_path
-    show("Training a character-level language model", rows)
+    show("Training", rows)
 
 
-def conclude(config: DictConfig, data: CharData, trainer: Trainer, stopped: str | None) -> None:
+def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, stopped: str | None) -> None:
     log = read_log(trainer)
     rows = {"steps": f"{trainer.global_step:,}"}
     if config.ckpt_path:
         rows["steps"] += " in all; below, those since the checkpoint"
     node = config.callbacks.get("gradclip") or {}
     rows |= clipping_rows(log, "would clip" if node.get("action") == "observe" else "clipped")
-    loss = float(trainer.callback_metrics.get("val/loss", math.nan))
-    peak = loss
     if "train/loss" in log:
         step, peak = highest(log["train/loss"])
         rows["highest training loss"] = f"{peak:,.4g} at step {step:,}"
-    guessing = data.loss_of_guessing()
-    rows["validation loss"] = f"{loss:,.4g} (guessing by frequency: {guessing:.4g})"
+    guessing = data.guessing()
+    reached = {key: float(trainer.callback_metrics.get(key, math.nan)) for key in guessing}
+    for key, value in reached.items():
+        rows[key.replace("val/", "validation ")] = f"{value:,.4g} (guessing: {guessing[key]:.4g})"
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
     rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
     show("Outcome", rows)
-    # An untrained model starts near log(characters): a loss that stays there only needs more steps.
-    exploded = not max(peak, loss) < 1.5 * math.log(len(data.characters))
     if stopped:
         say(f"Training diverged and stopped: {stopped}")
-    elif exploded and not loss < guessing:
+    elif "val/loss" in guessing and diverged(log, reached["val/loss"], guessing["val/loss"]):
         say("Training diverged: the loss exploded and the model does no better than guessing.")
+
+
+def diverged(log: Log, loss: float, guessing: float) -> bool:
+    losses = [value for _, value in log.get("train/loss", [])]
+    # An untrained model is not much worse than guessing: a loss that stays there only needs more steps.
+    exploded = not all(value < 2 * guessing for value in [*losses, loss])
+    return exploded and not loss < guessing
 
 
 def clipping_rows(log: Log, clipped: str) -> dict[str, str]:
@@ -132,11 +132,3 @@ def say(content: object) -> None:
     console = Console(highlight=False, markup=False)  # the text may hold square brackets
     console.print(content)
     console.print()
-
-
-def sample(config: DictConfig, data: CharData, model: CharModel) -> None:
-    if config.sample.length and all(weight.isfinite().all() for weight in model.parameters()):
-        seed_everything(config.seed, verbose=False)
-        prompt = data.encode(config.sample.prompt).to(model.device)
-        codes = model.generate(prompt, config.sample.length, config.sample.temperature)
-        say(Panel(Text(data.decode(codes)), title="A sample", title_align="left"))

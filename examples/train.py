@@ -1,9 +1,10 @@
-"""Trains a character-level language model; every part of it is configured by Hydra.
+"""Trains a model, by default a character-level language model; every part of it is configured by Hydra.
 
 Try:
     python examples/train.py
     python examples/train.py callbacks.gradclip.method.max_norm=0.5
     python examples/train.py experiment=exploding
+    python examples/train.py experiment=nfnet_digits
 """
 
 import logging
@@ -19,7 +20,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from summary import announce, conclude, sample
+from summary import announce, conclude
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -30,7 +31,7 @@ def main(config: DictConfig) -> float:
     try:
         data = instantiate(config.data)
         optimizer = instantiate(config.optimizer)
-        model = instantiate(config.model, characters=len(data.characters), optimizer=optimizer)
+        model = instantiate(config.model, optimizer=optimizer, **data.facts())
         callbacks = [instantiate(node) for node in config.callbacks.values() if node]
         loggers = [instantiate(node) for node in config.logger.values() if node]
         trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
@@ -54,14 +55,14 @@ def main(config: DictConfig) -> float:
         sys.exit(str(error))
     if trainer.is_global_zero:
         conclude(config, data, trainer, stopped)
-        sample(config, data, model)
 
     metrics = trainer.callback_metrics
     if config.optimized_metric not in metrics and not stopped:
         sys.exit(f"optimized_metric={config.optimized_metric} is not logged; use {list(metrics)}")
     # A sweeper ranks a run that diverged last.
     result = math.nan if stopped else float(metrics[config.optimized_metric])
-    return result if math.isfinite(result) else math.inf
+    worst = -math.inf if config.optimized_mode == "max" else math.inf
+    return result if math.isfinite(result) else worst
 
 
 def quieten() -> None:

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from lightning_gradclip.callback import GradientClipping as GradientClipping
     from lightning_gradclip.clipper import Clipper as Clipper
     from lightning_gradclip.methods.agc import AGC as AGC
+    from lightning_gradclip.methods.ema import EmaClip as EmaClip
     from lightning_gradclip.methods.method import ClipMethod as ClipMethod
     from lightning_gradclip.methods.norm import NormClip as NormClip
     from lightning_gradclip.methods.normalize import Normalize as Normalize
+    from lightning_gradclip.methods.quantile import QuantileClip as QuantileClip
+    from lightning_gradclip.methods.sigma import SigmaClip as SigmaClip
     from lightning_gradclip.methods.value import ValueClip as ValueClip
+    from lightning_gradclip.methods.zclip import ZClip as ZClip
     from lightning_gradclip.stats import StepStats as StepStats
 
     __version__: str

@@ -12,6 +12,7 @@ def number(
     *,
     above: float = -math.inf,
     at_least: float = -math.inf,
+    below: float = math.inf,
     at_most: float = math.inf,
     finite: bool = False,
     remedy: str = "",
@@ -28,6 +29,7 @@ def number(
         for sign, bound, kept in (
             (">", above, result > above),
             (">=", at_least, result >= at_least),
+            ("<", below, result < below),
             ("<=", at_most, result <= at_most),
         )
         if math.isfinite(bound) and not kept

@@ -78,7 +78,12 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
         known = fresh
     elif not old or not known:
         known = fresh
-    method.load_state_dict({name: value.to(size.device) for name, value in known.items()})
+    method.load_state_dict({name: _owned(value, size) for name, value in known.items()})
+
+
+def _owned(value: Tensor, size: Tensor) -> Tensor:
+    """A copy on the device of `size`, which may know no float64."""
+    return value.to(size.device, size.dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _described(meaning: Mapping[str, Any]) -> str:

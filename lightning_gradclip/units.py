@@ -15,7 +15,7 @@ from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.scopes import Units
 from lightning_gradclip.select import Selection
 
-# One float32 sum over more entries than this loses the sixth digit; up to here the norms are bit for bit those of torch.
+# A float32 sum over more entries loses the sixth digit; up to here norms are those of torch, bit for bit.
 _LONG = 8192
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,39 @@ def norm_clip(
         sizes[scope] = rms(arrays) if statistic == "rms" else joint_norm(arrays, p)
         coefs[scope] = coefficient(sizes[scope], max_norm, min_norm, 0.0 if statistic == "rms" else 1e-6)
     return {name: gradients[name] * coefs[scopes[name]] for name in gradients}, sizes, coefs
+
+
+class Agc(NamedTuple):
+    """Gradients by name, and by unit what was measured, what was allowed and the coefficient."""
+
+    gradients: dict[str, Array]
+    sizes: dict[str, float]
+    limits: dict[str, float]
+    coefs: dict[str, float]
+
+
+def agc(
+    gradients: Mapping[str, Array],
+    weights: Mapping[str, Array],
+    *,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    per: str = "unit",
+) -> Agc:
+    """Adaptive gradient clipping: each gradient against the weights of the same name."""
+    result = Agc({name: gradient.copy() for name, gradient in gradients.items()}, {}, {}, {})
+    for name, gradient in result.gradients.items():
+        sliced = per == "unit" and gradient.ndim > 1
+        for place in range(len(gradient)) if sliced else [...]:
+            unit = f"{name}[{place}]" if sliced else name
+            size = p_norm(gradient[place], 2.0)
+            limit = clip_factor * max(p_norm(weights[name][place], 2.0), eps)
+            coef = limit / max(size, 1e-6) if size > limit and math.isfinite(size) else 1.0
+            # Without a condition 1 * -0 and 1 * inf of a complex number would change it.
+            if coef != 1:
+                gradient[place] *= coef
+            result.sizes[unit], result.limits[unit], result.coefs[unit] = size, limit, coef
+    return result
 
 
 def ulp(values: Array, dtype: torch.dtype) -> Array:

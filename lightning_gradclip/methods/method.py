@@ -8,9 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# Parity with torch.nn.utils.clip_grad_norm_, which divides by (norm + 1e-6).
-_EPSILON = 1e-6
-
 
 class ClipMethod:
     """Base class of the clipping methods; a subclass is a rule and nothing else.
@@ -28,6 +25,7 @@ class ClipMethod:
         scopes: The values of `per` that the method accepts.
         may_grow: Whether a gradient may be scaled up.
         needs_weight: Whether `limit` wants the sizes of the weights.
+        epsilon: What `coef` adds to the size before dividing by it.
         state: Learned values, each of shape `(S, ...)`; see `fresh_state`.
     """
 
@@ -37,6 +35,8 @@ class ClipMethod:
     may_grow: bool = False
     scopes: ClassVar[tuple[str, ...]] = ("model", "group", "layer", "parameter")
     needs_weight: ClassVar[bool] = False
+    # That of torch.nn.utils.clip_grad_norm_. It matters where sizes are as small: rules that follow them have none.
+    epsilon: float = 1e-6
     state: Mapping[str, Tensor] = MappingProxyType({})
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
@@ -53,8 +53,8 @@ class ClipMethod:
         raise NotImplementedError(f"{type(self).__name__} does not define limit(size, weight, step)")
 
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
-        """The factor for each scope, `(S,)`: by default limit / (size + 1e-6) above the limit and exactly 1 within."""
-        return torch.where(size > limit, limit / (size + _EPSILON), 1.0)
+        """The factor for each scope, `(S,)`: limit / (size + epsilon) above the limit and exactly 1 within."""
+        return torch.where(size > limit, limit / (size + self.epsilon), 1.0)
 
     def bounds(self, step: int) -> tuple[float, float]:
         """The smallest and largest entry allowed, for per="element" only, where it takes the place of `coef`."""

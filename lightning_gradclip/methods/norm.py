@@ -67,6 +67,9 @@ class NormClip(ClipMethod):
                 f"min_norm={self.min_norm!r} exceeds max_norm={self.max_norm!r}; keep it smaller at every step"
             )
         self.may_grow = greatest(self.min_norm) > 0.0
+        if self.statistic == "rms":
+            # optax has none here, and root mean squares are often as small as torch's 1e-6.
+            self.epsilon = 0.0
         self._floor = 0.0
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
@@ -76,9 +79,6 @@ class NormClip(ClipMethod):
 
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
         coef = super().coef(size, limit)
-        if self.statistic == "rms":
-            # optax has no epsilon here, and root mean squares are often as small as torch's 1e-6.
-            coef = torch.where(size > limit, limit / size, 1.0)
         if not self.may_grow:
             return coef
         return torch.where((size > 0) & (size < self._floor), self._floor / size, coef)

@@ -1,0 +1,84 @@
+"""Clipping relative to an exponential mean of past clipped norms.
+
+Rule: after the warm-up the limit of a scope is ratio * gamma, and gamma = beta * gamma + (1 - beta) * v with v the
+size after clipping. During the first `warmup` sizes all scopes share one coefficient, that of clipping their joint
+norm to `warmup_max_norm`, and gamma is the smallest v.
+
+Source: G. Wang, S. Li, C. Chen, J. Zeng, J. Yang, D. Yang, Y. Ma, X. Yu, D. Wu, "AdaGC: Improving Training Stability
+for Large Language Model Pretraining", 2025, algorithm 1, which is per="parameter" (the option `adagc`); as
+`pytorch_optimizer`'s `AdaGC` publishes it, whose warmup_steps is one more.
+
+Deviations: sizes that are not finite, or exactly zero, are never remembered: in the published implementation a tensor
+whose gradient is zero once during the warm-up (an unused embedding, LoRA's A) gets gamma 0 and never moves again. The
+warm-up counts each scope's own sizes, so that scopes that appear later have one too.
+
+The level can rise by (1 - beta) * (ratio - 1) a step: with the defaults a lasting shift to twice the level is
+followed in 1,730 steps, to four times in 3,470; raise `ratio` or lower `beta` for faster.
+
+Suggested values: ratio 1.04, beta 0.99 (their lambda_rel 1.04 and beta 0.99), warmup 100, warmup_max_norm 1.0 (Wang
+et al., for language models of 1B to 7B parameters).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import checks
+from lightning_gradclip.methods.method import ClipMethod
+
+# That of the clipping by norm which the warm-up is.
+_EPSILON = 1e-6
+
+
+@dataclass(kw_only=True)
+class EmaClip(ClipMethod):
+    """Scale gradients down when their norm exceeds `ratio` times an exponential mean of the clipped norms.
+
+    Args:
+        ratio: Limit over exponential mean, > 0: below 1 every step is clipped and the level sinks; inf never clips.
+        beta: Share of the old mean that is kept at each step, in [0, 1).
+        warmup: How many norms the mean starts from, >= 1.
+        warmup_max_norm: Limit of the joint norm of all scopes until then, > 0.
+        per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
+
+    Raises:
+        TypeError: If a number is not a number.
+        ValueError: If a number is out of range, or `per` is unknown.
+    """
+
+    epsilon = 0.0
+
+    ratio: float = 1.04
+    beta: float = 0.99
+    warmup: int = 100
+    warmup_max_norm: float = 1.0
+    per: str = "model"
+
+    def __post_init__(self) -> None:
+        self.ratio = checks.number("ratio", self.ratio, above=0.0)
+        self.beta = checks.number(
+            "beta", self.beta, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
+        )
+        self.warmup = checks.integer("warmup", self.warmup, at_least=1, remedy="the mean must start from something")
+        self.warmup_max_norm = checks.number(
+            "warmup_max_norm", self.warmup_max_norm, above=0.0, remedy="inf does not clip during the warm-up"
+        )
+        checks.choice("per", self.per, self.scopes)
+
+    def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
+        return {"gamma": torch.zeros_like(size), "count": torch.zeros_like(size, dtype=torch.long)}
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        learned = self.ratio * self.state["gamma"]
+        joint = torch.linalg.vector_norm(size)
+        shared = torch.where(joint > self.warmup_max_norm, self.warmup_max_norm / (joint + _EPSILON), math.inf)
+        return torch.where(self.state["count"] < self.warmup, size * shared, learned)
+
+    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
+        gamma, count = self.state["gamma"], self.state["count"]
+        clipped = torch.minimum(size, limit)
+        least = torch.where(count > 0, torch.minimum(gamma, clipped), clipped)
+        new = torch.where(count < self.warmup, least, self.beta * gamma + (1.0 - self.beta) * clipped)
+        self.state = {"gamma": torch.where(active, new, gamma), "count": count + active}

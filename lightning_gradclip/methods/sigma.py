@@ -1,0 +1,75 @@
+"""Clipping at k standard deviations above the mean of the last norms.
+
+Rule: with m and s the mean and the sample standard deviation (over n - 1) of a scope's last `window` sizes, this
+step's not among them, the limit is m + k * s; none before `warmup` sizes were seen.
+
+Source: the rule by which OLMo-core's `SkipStepOptimizer` drops steps (Team OLMo, "2 OLMo 2 Furious", 2025; there for
+loss and gradient norm): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision
+for the norm.
+
+Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
+published rule until it has left the window. Sizes are remembered as they were measured, also of steps that were
+clipped or dropped, so that a lasting shift is followed once it fills the window, within `window` steps.
+`max_consecutive_skips` ends a run that is dropped step after step.
+
+A spike that is in the window raises m and s itself: with more than one spike in 1 + k**2 sizes the rule stops seeing
+them.
+
+Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import checks, ring
+from lightning_gradclip.methods.method import ClipMethod
+
+
+@dataclass(kw_only=True)
+class SigmaClip(ClipMethod):
+    """Scale gradients down when their norm exceeds mean + `k` standard deviations of the last norms.
+
+    Args:
+        k: Standard deviations above the mean, >= 0; 0 limits to the mean, inf never clips.
+        window: How many norms are remembered, >= 2.
+        warmup: How many norms are wanted before anything is limited, from 2 to `window`.
+        per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
+        norm_type: The p of the p-norm, in (0, inf].
+
+    Raises:
+        TypeError: If a number is not a number.
+        ValueError: If a number is out of range, or `per` is unknown.
+    """
+
+    epsilon = 0.0
+
+    k: float = 3.0
+    window: int = 128
+    warmup: int = 64
+    per: str = "model"
+    norm_type: float = 2.0
+
+    def __post_init__(self) -> None:
+        self.k = checks.number("k", self.k, at_least=0.0, remedy="k counts standard deviations above the mean")
+        self.window = checks.integer("window", self.window, at_least=2)
+        self.warmup = checks.integer("warmup", self.warmup, at_least=2, remedy="one norm has no standard deviation")
+        if self.warmup > self.window:
+            raise ValueError(
+                f"warmup={self.warmup} exceeds window={self.window}, so that nothing would ever be limited; "
+                "use a warmup of at most the window"
+            )
+        checks.choice("per", self.per, self.scopes)
+        self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
+
+    def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
+        return ring.fresh(size, self.window)
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        mean, std = ring.mean_and_std(dict(self.state))
+        return torch.where(self.state["count"] >= self.warmup, mean + self.k * std, math.inf)
+
+    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
+        self.state = ring.pushed(dict(self.state), size, active)

@@ -1,0 +1,129 @@
+"""ZClip: norms whose z-score is high are spikes, and clipped the harder the higher it is.
+
+Rule: the first `warmup` sizes of a scope give the mean mu and the population variance; then z = (x - mu) / (s + 1e-6)
+with s the standard deviation, and where z > z_threshold the limit is
+
+- mode="reciprocal": clip_factor * (mu + z_threshold * s / (z / z_threshold)),
+- mode="mean": clip_factor * mu,
+- mode="max": clip_factor * (mu + z_threshold * s), where x exceeds mu + z_threshold * s.
+
+A `max_norm` limits in addition, during the warm-up too. After acting, with v the size to remember, mu = alpha * mu +
+(1 - alpha) * v, then variance = alpha * variance + (1 - alpha) * (v - mu)**2.
+
+Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
+algorithm 1; memory="faithful" equals `zclip` 1.0.0, whose names are "zscore" with "adaptive_scaling" or "mean", and
+"percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off by default.
+
+Deviations: memory="faithful" remembers the reduced limit of a clipped step: after a lasting shift of the level by ten
+standard deviations it clips every later step. memory="winsorized", the default, remembers min(x, mu + z_threshold *
+s) instead, with s at least 1 % of mu, and follows a shift to twice or four times the level within 200 steps. Sizes
+that are not finite, or exactly zero, are never remembered: one NaN, or one infinite norm during the warm-up, disables
+the published implementation for good. `clip_factor` has no effect on "mean" and "max" there.
+
+Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., for 1B-parameter language models; they find 2
+to 3 to work).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import checks
+from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.schedule import Scheduled, scheduled, value_at
+
+MODES = ("reciprocal", "mean", "max")
+MEMORIES = ("winsorized", "faithful")
+_EPSILON = 1e-6
+# Without noise there would be nothing to winsorize at, and the level could never rise.
+_LEAST_SPREAD = 0.01
+
+
+@dataclass(kw_only=True)
+class ZClip(ClipMethod):
+    """Scale gradients down when the z-score of their norm exceeds `z_threshold`.
+
+    Args:
+        z_threshold: Standard deviations above the mean from which on a norm is a spike, > 0; inf never clips.
+        alpha: Share of the old mean and variance that is kept at each step, in [0, 1): near 1 they change slowly.
+        warmup: How many norms give the first mean and variance, >= 2; nothing but `max_norm` limits until then.
+        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; or "max", the largest norm
+            that is no spike.
+        clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
+        max_norm: A limit that always holds, > 0; None: none. A mapping from optimizer step to value is interpolated
+            linearly.
+        memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", what it was
+            reduced to, as published.
+        per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
+
+    Raises:
+        TypeError: If a number is not a number.
+        ValueError: If a number is out of range, or a word is unknown.
+    """
+
+    epsilon = 0.0
+
+    z_threshold: float = 2.5
+    alpha: float = 0.97
+    warmup: int = 25
+    mode: str = "reciprocal"
+    clip_factor: float = 1.0
+    max_norm: Scheduled | None = None
+    memory: str = "winsorized"
+    per: str = "model"
+
+    def __post_init__(self) -> None:
+        self.z_threshold = checks.number("z_threshold", self.z_threshold, above=0.0)
+        self.alpha = checks.number(
+            "alpha", self.alpha, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
+        )
+        self.warmup = checks.integer("warmup", self.warmup, at_least=2, remedy="one norm has no variance")
+        checks.choice("mode", self.mode, MODES)
+        self.clip_factor = checks.number("clip_factor", self.clip_factor, above=0.0, finite=True)
+        if self.max_norm is not None:
+            self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy="None sets no limit of this kind")
+        checks.choice("memory", self.memory, MEMORIES)
+        checks.choice("per", self.per, self.scopes)
+
+    def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros_like(size)
+        return {"mean": zeros, "var": zeros, "count": torch.zeros_like(size, dtype=torch.long)}
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        limit = self._spike_limit(size)
+        return limit if self.max_norm is None else limit.clamp_max(value_at(self.max_norm, step))
+
+    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
+        mean, var, count = self.state["mean"], self.state["var"], self.state["count"]
+        warm = count < self.warmup
+        if self.memory == "winsorized":
+            spread = torch.maximum(var.sqrt(), _LEAST_SPREAD * mean)
+            kept = torch.minimum(size, mean + self.z_threshold * spread)
+        else:
+            reduced = self._spike_limit(size)
+            kept = torch.where(torch.isfinite(reduced), reduced, size)
+        # Running moments of the first sizes, exponential ones of the later: both move by a share of the difference.
+        share = torch.where(warm, 1.0 / (count + 1), 1.0 - self.alpha)
+        difference = torch.where(warm, size, kept) - mean
+        spread = share * difference.square() * torch.where(warm, 1.0, 1.0 - share)
+        self.state = {
+            "mean": torch.where(active, mean + share * difference, mean),
+            "var": torch.where(active, (1.0 - share) * (var + spread), var),
+            "count": count + active,
+        }
+
+    def _spike_limit(self, size: Tensor) -> Tensor:
+        """What spikes are reduced to, `(S,)`; +inf where there is none."""
+        mean, std = self.state["mean"], self.state["var"].sqrt()
+        z = (size - mean) / (std + _EPSILON)
+        highest = mean + self.z_threshold * std
+        if self.mode == "reciprocal":
+            is_spike, reduced = z > self.z_threshold, mean + self.z_threshold * std * (self.z_threshold / z)
+        elif self.mode == "mean":
+            is_spike, reduced = z > self.z_threshold, mean
+        else:
+            is_spike, reduced = size > highest, highest
+        is_spike = is_spike & (self.state["count"] >= self.warmup)
+        return torch.where(is_spike, self.clip_factor * reduced, math.inf)

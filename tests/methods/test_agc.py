@@ -1,0 +1,563 @@
+"""AGC against timm and a float64 reference."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import peers
+import pytest
+import reference
+import torch
+from gradients import Witness, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lightning_gradclip import AGC, Clipper, StepStats
+
+SHAPES = {
+    "linear.weight": (6, 4),
+    "linear.bias": (6,),
+    "conv1d.weight": (5, 3, 4),
+    "conv2d.weight": (4, 3, 3, 3),
+    "conv3d.weight": (3, 2, 2, 3, 3),
+    "embedding.weight": (7, 5),
+    "scale": (),
+    "zero.weight": (4, 3),
+    "zero.bias": (4,),
+}
+# Slices along dim 0, and one for each bias and scalar.
+COUNT = 6 + 1 + 5 + 4 + 3 + 7 + 1 + 4 + 1
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+Tensors = dict[str, Tensor]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: reference.array(tensor).copy() for name, tensor in tensors.items()}
+
+
+def weights_of_the_model(dtype: torch.dtype = torch.float32) -> Tensors:
+    drawn = {name: random(*shape, seed=i, dtype=torch.float64) for i, (name, shape) in enumerate(SHAPES.items())}
+    return {name: (0.0 * one if name.startswith("zero") else one).to(dtype) for name, one in drawn.items()}
+
+
+def gradients_over(share: float, weights: Tensors, clip_factor: float) -> Tensors:
+    """Gradients with this share of the units over their limit by up to 100 times, the others well within."""
+    drawn = arrays({name: random(*one.shape, seed=40 + i).double() for i, (name, one) in enumerate(weights.items())})
+    rule = reference.agc(drawn, arrays(weights), clip_factor=clip_factor)
+    rng = np.random.default_rng(0)
+    over = rng.permutation(COUNT) < round(share * COUNT)
+    ratios = np.where(over, 10 ** rng.uniform(0.05, 2, COUNT), rng.uniform(0.05, 0.9, COUNT))
+    factors = dict(zip(rule.sizes, ratios * list(rule.limits.values()) / list(rule.sizes.values()), strict=True))
+    for name, one in drawn.items():
+        for place in range(len(one)) if one.ndim > 1 else [...]:
+            one[place] *= factors[name if place is ... else f"{name}[{place}]"]
+    return {name: torch.tensor(one, dtype=weights[name].dtype) for name, one in drawn.items()}
+
+
+def parameters(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> list[tuple[str, Parameter]]:
+    """Parameters with copies of these weights and gradients, in their layouts."""
+    pairs = []
+    for name, weight in weights.items():
+        parameter = Parameter(weight.clone(memory_format=torch.preserve_format))
+        gradient = gradients[name]
+        parameter.grad = None if gradient is None else gradient.clone(memory_format=torch.preserve_format)
+        pairs.append((name, parameter))
+    return pairs
+
+
+def after(pairs: list[tuple[str, Parameter]]) -> Tensors:
+    return {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
+
+
+def clip(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], method: AGC, **options: Any
+) -> tuple[Tensors, StepStats]:
+    pairs = parameters(weights, gradients)
+    stats = Clipper(pairs, method, **options).step()
+    return after(pairs), stats
+
+
+def clip_as_timm(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], **arguments: float) -> Tensors:
+    pairs = parameters(weights, gradients)
+    peers.file("timm", "timm/utils/agc.py").adaptive_clip_grad([one for _, one in pairs], **arguments)
+    return after(pairs)
+
+
+def assert_clipped(clipped: Mapping[str, Tensor], exact: Mapping[str, np.ndarray]) -> None:
+    """Half gradients to one unit in the last place, float64 to 1e-14, others to 1e-6."""
+    assert clipped.keys() == exact.keys()
+    for name, expected in exact.items():
+        values, dtype = reference.array(clipped[name]), clipped[name].dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            assert (np.abs(values - expected) <= reference.ulp(expected, dtype)).all(), name
+        else:
+            rtol = 1e-14 if dtype in (torch.float64, torch.complex128) else 1e-6
+            # Below 1e-38 float32 has fixed steps of 1.4e-45.
+            np.testing.assert_allclose(values, expected, rtol=rtol, atol=1.5e-45, err_msg=name)
+
+
+def assert_same_bits(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == others.keys()
+    assert [name for name in ours if not same_bits(ours[name], others[name])] == []
+
+
+class TestAgainstTimm:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+    @pytest.mark.parametrize("clip_factor", [0.01, 0.16, 1.0])
+    def test_gradients_are_those_of_adaptive_clip_grad_to_the_bit(
+        self, dtype: torch.dtype, share: float, clip_factor: float
+    ) -> None:
+        weights = weights_of_the_model(dtype)
+        gradients = gradients_over(share, weights, clip_factor)
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=clip_factor))
+        assert stats.clipped.item() == pytest.approx(round(share * COUNT) / COUNT, abs=1e-15)
+        assert_same_bits(clipped, clip_as_timm(weights, gradients, clip_factor=clip_factor))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("shape", [(3, 8192), (8192,), (4, 512, 4, 4), (2000, 3), (1, 7), (5, 1), (1,), ()])
+    def test_rows_of_up_to_8192_entries_are_equal_to_the_bit(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        weights = {"w": random(*shape, dtype=dtype)}
+        gradients = {"w": random(*shape, seed=1, dtype=dtype) * 10 ** random(*shape[:1], *[1] * len(shape[1:]), seed=2)}
+        gradients["w"] = gradients["w"].to(dtype)
+        clipped, _ = clip(weights, gradients, AGC(clip_factor=0.5))
+        assert_same_bits(clipped, clip_as_timm(weights, gradients, clip_factor=0.5))
+
+    @pytest.mark.parametrize("size", [2e-9, 3e-7, 9e-7, 2e-6])
+    def test_sizes_around_1e6_are_floored_as_timms(self, size: float) -> None:
+        weights, gradients = {"w": torch.zeros(2, 1)}, {"w": torch.tensor([[size], [-size]])}
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=1e-6))
+        assert stats.clipped.item() == 1
+        assert_same_bits(clipped, clip_as_timm(weights, gradients, clip_factor=1e-6))
+        assert stats.coef.item() == pytest.approx(1e-9 / max(size, 1e-6), rel=1e-6)
+
+    @pytest.mark.parametrize("eps", [1e-6, 1e-3, 10.0])
+    def test_eps_is_timms(self, eps: float) -> None:
+        weights, gradients = weights_of_the_model(), gradients_over(0.5, weights_of_the_model(), 0.01)
+        clipped, _ = clip(weights, gradients, AGC(eps=eps))
+        assert_same_bits(clipped, clip_as_timm(weights, gradients, eps=eps))
+
+    def test_a_sparse_embedding_is_clipped_as_timm_clips_a_dense_one(self) -> None:
+        sparse, dense = nn.Embedding(6, 3, sparse=True), nn.Embedding(6, 3)
+        dense.load_state_dict(sparse.state_dict())
+        # Token 1 three times: the norm of the summands is another one.
+        words, factors = torch.tensor([1, 4, 1, 1, 5]), torch.tensor([[1.0], [2.0], [-3.0], [4.0], [1e-6]])
+        for embedding in (sparse, dense):
+            (embedding(words).pow(2) * factors).sum().backward()
+        assert not sparse.weight.grad.is_coalesced()
+        stats = Clipper(sparse.named_parameters(), AGC()).step()
+        peers.file("timm", "timm/utils/agc.py").adaptive_clip_grad(dense.parameters())
+        assert stats.clipped.item() == 2 / 6
+        assert sparse.weight.grad.is_sparse
+        np.testing.assert_allclose(
+            reference.array(sparse.weight.grad), reference.array(dense.weight.grad), rtol=1e-6, atol=0
+        )
+
+
+class TestAgainstTheReference:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+    @pytest.mark.parametrize("clip_factor", [0.01, 0.3])
+    def test_units_of_every_layer_and_dtype(self, dtype: torch.dtype, share: float, clip_factor: float) -> None:
+        weights = weights_of_the_model(dtype)
+        gradients = gradients_over(share, weights, clip_factor)
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=clip_factor))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=clip_factor)
+        assert all(one.dtype == dtype for one in clipped.values())
+        assert_clipped(clipped, exact.gradients)
+        rtol = 1e-14 if dtype == torch.float64 else 1e-6
+        assert stats.scopes == tuple(exact.sizes)
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=rtol)
+        assert stats.limits.tolist() == pytest.approx(list(exact.limits.values()), rel=rtol)
+        assert stats.coef.item() == pytest.approx(min(exact.coefs.values()), rel=rtol)
+        assert stats.clipped.item() == pytest.approx(round(share * COUNT) / COUNT, abs=1e-15)
+        assert stats.norm.item() == pytest.approx(reference.joint_norm(list(arrays(gradients).values()), 2.0), rel=rtol)
+        assert stats.norm_clipped.item() == pytest.approx(
+            reference.joint_norm(list(exact.gradients.values()), 2.0), rel=rtol
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("coalesced", [True, False])
+    def test_a_sparse_gradient_of_every_dtype(self, dtype: torch.dtype, coalesced: bool) -> None:
+        weights = {"embedding.weight": random(7, 5, seed=1, dtype=torch.float64).to(dtype)}
+        weights["embedding.weight"][4] = 0
+        values = random(6, 5, seed=2, dtype=torch.float64).to(dtype)
+        values[2] *= 1e-4
+        tokens = torch.tensor([[5, 1, 3, 5, 4, 0]])
+        gradient = torch.sparse_coo_tensor(tokens, values, (7, 5), check_invariants=True)
+        gradients = {"embedding.weight": gradient.coalesce() if coalesced else gradient}
+        exact = reference.agc(arrays({"embedding.weight": gradient.coalesce()}), arrays(weights), clip_factor=0.1)
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=0.1))
+        # Tokens 2 and 6 have no gradient, that of token 3 is small.
+        assert [coef < 1 for coef in exact.coefs.values()] == [True, True, False, False, True, True, False]
+        assert clipped["embedding.weight"].is_sparse
+        assert clipped["embedding.weight"].dtype == dtype
+        assert_clipped(clipped, exact.gradients)
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=1e-6)
+        assert stats.clipped.item() == 4 / 7
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+    def test_per_parameter_each_tensor_is_one_unit(self, dtype: torch.dtype, share: float) -> None:
+        weights = weights_of_the_model(dtype)
+        gradients = gradients_over(share, weights, 0.02)
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=0.02, per="parameter"))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=0.02, per="parameter")
+        assert_clipped(clipped, exact.gradients)
+        assert stats.scopes == tuple(SHAPES)
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=1e-6)
+        assert stats.limits.tolist() == pytest.approx(list(exact.limits.values()), rel=1e-6)
+        assert stats.clipped.item() == np.mean([coef < 1 for coef in exact.coefs.values()])
+
+    @pytest.mark.parametrize("per", AGC.scopes)
+    @settings(derandomize=True, deadline=None, max_examples=60)
+    @given(
+        exponents=st.lists(st.integers(-25, 25), min_size=len(SHAPES), max_size=len(SHAPES)),
+        weight_exponent=st.integers(-6, 6),
+        clip_factor=st.floats(1e-4, 1e2),
+        eps=st.floats(1e-6, 1.0),
+        seed=st.integers(0, 100),
+    )
+    def test_gradients_of_any_scale(
+        self, per: str, exponents: list[int], weight_exponent: int, clip_factor: float, eps: float, seed: int
+    ) -> None:
+        weights = {name: one * 10.0**weight_exponent for name, one in weights_of_the_model().items()}
+        gradients = {
+            name: random(*shape, seed=seed + i) * 10.0**exponent
+            for i, ((name, shape), exponent) in enumerate(zip(SHAPES.items(), exponents, strict=True))
+        }
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=clip_factor, eps=eps, per=per))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=clip_factor, eps=eps, per=per)
+        assert_clipped(clipped, exact.gradients)
+        assert stats.norm_clipped.item() == pytest.approx(
+            reference.joint_norm(list(exact.gradients.values()), 2.0), rel=1e-6
+        )
+        # What is small is left as it is.
+        assert all((clipped[name].abs() <= gradients[name].abs()).all() for name in SHAPES)
+
+    @pytest.mark.parametrize("clip_factor", [0.01, 1e-6, 100.0])
+    @pytest.mark.parametrize("entry", [3e38, 1e25, 1e19, 1e-25, 1e-45])
+    @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 4), (2, 20_000)])
+    def test_entries_whose_squares_leave_float32(
+        self, shape: tuple[int, ...], entry: float, clip_factor: float
+    ) -> None:
+        # The first unit is extreme, the last is within any limit here, and keeps its bits.
+        weights, gradients = {"w": torch.zeros(shape)}, {"w": torch.full(shape, entry)}
+        if len(shape) > 1:
+            gradients["w"][-1] = 1e-12
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=clip_factor))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=clip_factor)
+        assert_clipped(clipped, exact.gradients)
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=1e-6)
+        assert stats.coef.item() == pytest.approx(min(exact.coefs.values()), rel=1e-6)
+        assert (stats.coef.item() < 1) == (entry > 1e18)
+
+    @pytest.mark.parametrize("columns", [8193, 100_000])
+    def test_long_rows_are_exact_to_1e6(self, columns: int) -> None:
+        weights = {"w": torch.rand(3, columns, generator=torch.Generator().manual_seed(0))}
+        gradients = {"w": torch.rand(3, columns, generator=torch.Generator().manual_seed(1))}
+        gradients["w"][1] *= 1e-3
+        clipped, stats = clip(weights, gradients, AGC())
+        exact = reference.agc(arrays(gradients), arrays(weights))
+        assert_clipped(clipped, exact.gradients)
+        assert stats.limits.tolist() == pytest.approx(list(exact.limits.values()), rel=1e-6)
+        assert stats.clipped.item() == pytest.approx(2 / 3, rel=1e-15)
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+    @pytest.mark.parametrize("per", AGC.scopes)
+    def test_complex_weights_count_by_their_magnitudes(self, dtype: torch.dtype, per: str) -> None:
+        weights = {"w": random(5, 3, dtype=dtype), "b": random(5, seed=1, dtype=dtype)}
+        gradients = {"w": random(5, 3, seed=2, dtype=dtype), "b": random(5, seed=3, dtype=dtype)}
+        gradients["w"][3] *= 1e-3
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=0.1, per=per))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=0.1, per=per)
+        assert clipped["w"].dtype == dtype
+        assert_clipped(clipped, exact.gradients)
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=1e-6)
+        assert stats.limits.tolist() == pytest.approx(list(exact.limits.values()), rel=1e-6)
+
+    def test_mixed_dtypes_keep_theirs(self) -> None:
+        dtypes = [*DTYPES, torch.complex64]
+        weights = {f"w{i}": random(4, 3, seed=i, dtype=torch.float64).to(dtype) for i, dtype in enumerate(dtypes)}
+        gradients = {f"w{i}": random(4, 3, seed=9 + i).to(dtype) for i, dtype in enumerate(dtypes)}
+        clipped, _ = clip(weights, gradients, AGC(clip_factor=0.3))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=0.3)
+        assert [one.dtype for one in clipped.values()] == dtypes
+        # float64 sizes against float32 limits would not reach 1e-14.
+        np.testing.assert_allclose(clipped["w1"].numpy(), exact.gradients.pop("w1"), rtol=1e-6, atol=0)
+        del clipped["w1"]
+        assert_clipped(clipped, exact.gradients)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(3, 4), (2, 3)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 2), (2, 3, 5)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, 2), (2, 3, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, 2), (2, 3, 3, 3, 3)),
+    "grouped": (lambda: nn.Conv2d(4, 4, 2, groups=2), (2, 4, 5, 5)),
+}
+
+
+class TestUnits:
+    @pytest.mark.parametrize("layer", LAYERS)
+    def test_a_unit_is_an_output_of_its_layer(self, layer: str) -> None:
+        make, shape = LAYERS[layer]
+        torch.manual_seed(0)
+        module = make()
+        # Outputs on dim 1; only the third of four is off.
+        factors = torch.tensor([1e-5, 1e-5, 1.0, 1e-5]).view(1, 4, *[1] * (len(shape) - 2))
+        (module(random(*shape)) * factors).sum().backward()
+        before = module.weight.grad.clone()
+        stats = Clipper([("layer.weight", module.weight)], AGC(clip_factor=0.1)).step()
+        assert stats.scopes == tuple(f"layer.weight[{i}]" for i in range(4))
+        assert (stats.sizes > stats.limits).tolist() == [False, False, True, False]
+        assert module.weight.grad[2].norm().item() == pytest.approx(0.1 * module.weight[2].norm().item(), rel=1e-6)
+        assert same_bits(module.weight.grad[[0, 1, 3]], before[[0, 1, 3]])
+
+    @pytest.mark.parametrize("sparse", [True, False])
+    def test_a_unit_of_an_embedding_is_a_token(self, sparse: bool) -> None:
+        torch.manual_seed(0)
+        module = nn.Embedding(4, 3, sparse=sparse)
+        (module(torch.tensor([2, 0])) * torch.tensor([[1.0], [1e-5]])).sum().backward()
+        stats = Clipper([("tokens", module.weight)], AGC(clip_factor=0.1)).step()
+        assert stats.scopes == ("tokens[0]", "tokens[1]", "tokens[2]", "tokens[3]")
+        assert stats.sizes.tolist() == pytest.approx([1e-5 * math.sqrt(3), 0, math.sqrt(3), 0], rel=1e-6)
+        after_ = module.weight.grad.to_dense()
+        assert after_[2].tolist() == pytest.approx([0.1 * module.weight[2].norm().item() / math.sqrt(3)] * 3, rel=1e-6)
+        assert after_[0].tolist() == pytest.approx([1e-5] * 3, rel=1e-6)
+
+    def test_the_units_of_a_transposed_convolution_are_its_inputs(self) -> None:
+        torch.manual_seed(0)
+        module = nn.ConvTranspose2d(3, 5, 2)
+        # Only the second of three inputs is on.
+        (module(random(2, 3, 4, 4) * torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1))).sum().backward()
+        weights, gradients = {"up": module.weight.detach()}, {"up": module.weight.grad}
+        clipped, stats = clip(weights, gradients, AGC())
+        assert stats.scopes == ("up[0]", "up[1]", "up[2]")
+        assert (stats.sizes > stats.limits).tolist() == [False, True, False]
+        assert_same_bits(clipped, clip_as_timm(weights, gradients))
+        clipped, _ = clip(weights, gradients, AGC(per="parameter"))
+        assert_clipped(clipped, reference.agc(arrays(gradients), arrays(weights), per="parameter").gradients)
+
+    def test_biases_and_scalars_are_clipped_as_a_whole(self) -> None:
+        weights = {"bias": torch.tensor([3.0, 4.0]), "scale": torch.tensor(-2.0)}
+        gradients = {"bias": torch.tensor([0.6, -0.8]), "scale": torch.tensor(-5.0)}
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=0.1))
+        assert stats.scopes == ("bias", "scale")
+        assert clipped["bias"].tolist() == pytest.approx([0.3, -0.4], rel=1e-6)
+        assert clipped["scale"].item() == pytest.approx(-0.2, rel=1e-6)
+
+    def test_what_is_excluded_keeps_its_bits_and_is_not_counted(self) -> None:
+        weights = {"body.weight": random(3, 4), "head.weight": random(2, 3), "head.bias": random(2)}
+        gradients = {name: 100 * random(*one.shape, seed=7) for name, one in weights.items()}
+        pairs = parameters(weights, gradients)
+        witness = Witness(pairs)
+        stats = Clipper(pairs, AGC(), exclude=["head.*"]).step()
+        assert stats.scopes == ("body.weight[0]", "body.weight[1]", "body.weight[2]")
+        assert stats.clipped.item() == 1
+        assert witness.written() == {"body.weight"}
+        assert_same_bits({"body.weight": after(pairs)["body.weight"]}, clip_as_timm(pick(weights), pick(gradients)))
+
+
+def pick(tensors: Mapping[str, Tensor], name: str = "body.weight") -> Tensors:
+    return {name: tensors[name]}
+
+
+class TestEps:
+    def losses(self, eps: float) -> tuple[float, float]:
+        """The loss before and after 100 steps of SGD from weights of zero."""
+        module = nn.Linear(3, 2)
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        clipper = Clipper(module.named_parameters(), AGC(clip_factor=0.1, eps=eps), optimizer=optimizer)
+        inputs = random(50, 3)
+        targets = inputs @ torch.tensor([[1.0, -1.0], [0.5, 2.0], [-1.5, 0.3]]) + torch.tensor([0.7, -0.4])
+        losses = []
+        for _ in range(101):
+            optimizer.zero_grad()
+            loss = (module(inputs) - targets).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            assert clipper.step().skipped.item() is False
+            optimizer.step()
+        return losses[0], losses[-1]
+
+    def test_units_initialised_with_zeros_learn(self) -> None:
+        first, last = self.losses(eps=1e-3)
+        assert last < 0.02 * first
+
+    def test_without_a_floor_they_would_not(self) -> None:
+        first, last = self.losses(eps=1e-12)
+        assert last == pytest.approx(first, rel=1e-6)
+
+    @pytest.mark.parametrize("eps", [1e-3, 0.5])
+    def test_it_floors_the_norm_of_the_weights_and_nothing_else(self, eps: float) -> None:
+        weights = {"w": torch.tensor([[0.0], [0.9 * eps], [1.1 * eps], [-7.0]])}
+        _, stats = clip(weights, {"w": torch.ones(4, 1)}, AGC(clip_factor=0.1, eps=eps))
+        assert stats.limits.tolist() == pytest.approx([0.1 * eps, 0.1 * eps, 0.11 * eps, 0.7], rel=1e-6)
+
+
+class TestWriting:
+    def test_a_size_equal_to_the_limit_is_within_it(self) -> None:
+        weights = {"w": torch.tensor([[3.0, 4.0], [6.0, 8.0]]), "b": torch.tensor([0.5])}
+        gradients = {"w": torch.tensor([[-2.0, 1.5], [4.0, 3.0]]), "b": torch.tensor([-0.25])}
+        pairs = parameters(weights, gradients)
+        witness = Witness(pairs)
+        stats = Clipper(pairs, AGC(clip_factor=0.5)).step()
+        assert torch.equal(stats.sizes, stats.limits)
+        assert witness.written() == set()
+        assert (stats.clipped.item(), stats.coef.item()) == (0, 1)
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_units_within_their_limit_keep_their_bits_beside_one_that_is_scaled(
+        self, dtype: torch.dtype, sparse: bool
+    ) -> None:
+        gradient = 1e-3 * random(5, 3, seed=1, dtype=torch.float64).to(dtype)
+        gradient[0] = -0.0
+        gradient[3] = complex(-0.0, -1e-3) if dtype.is_complex else 6e-8
+        gradient[2] = 100
+        pairs = parameters({"w": torch.ones(5, 3, dtype=dtype)}, {"w": gradient.to_sparse(1) if sparse else gradient})
+        stats = Clipper(pairs, AGC(clip_factor=0.01)).step()
+        written = pairs[0][1].grad
+        # The first row is not stored.
+        rows = [1, 3, 4] if sparse else [0, 1, 3, 4]
+        stored = written.values()[[0, 2, 3]] if sparse else written[rows]
+        assert same_bits(stored, gradient[rows])
+        assert stats.clipped.item() == 1 / 5
+        np.testing.assert_allclose(reference.array(written)[2], 0.01, rtol=1e-2)
+
+    def test_only_tensors_with_a_unit_over_its_limit_are_written(self) -> None:
+        weights = weights_of_the_model()
+        gradients = gradients_over(0.0, weights, 0.01)
+        gradients["conv2d.weight"][3] *= 1000
+        gradients["zero.bias"] *= 1000
+        pairs = parameters(weights, gradients)
+        witness = Witness(pairs)
+        stats = Clipper(pairs, AGC()).step()
+        assert stats.clipped.item() == 2 / COUNT
+        assert witness.written() == {"conv2d.weight", "zero.bias"}
+
+    def test_gradients_are_written_in_place(self) -> None:
+        pairs = parameters({"w": torch.ones(2, 3), "b": torch.ones(2)}, {"w": torch.ones(2, 3), "b": torch.ones(2)})
+        given_ = after(pairs)
+        Clipper(pairs, AGC()).step()
+        assert all(parameter.grad is given_[name] for name, parameter in pairs)
+        assert given_["w"].tolist() == [[pytest.approx(0.01 / 1, rel=1e-6)] * 3] * 2
+
+    def test_weights_are_never_written(self) -> None:
+        weights = weights_of_the_model()
+        pairs = parameters(weights, gradients_over(1.0, weights, 0.01))
+        versions = [parameter._version for _, parameter in pairs]
+        Clipper(pairs, AGC()).step()
+        assert_same_bits({name: parameter.data for name, parameter in pairs}, weights)
+        assert [parameter._version for _, parameter in pairs] == versions
+
+    @pytest.mark.parametrize("per", AGC.scopes)
+    def test_observing_writes_nothing_and_reports_the_same(self, per: str) -> None:
+        weights = weights_of_the_model()
+        gradients = gradients_over(0.5, weights, 0.01)
+        pairs = parameters(weights, gradients)
+        witness = Witness(pairs)
+        observed = Clipper(pairs, AGC(per=per), action="observe").step()
+        assert witness.written() == set()
+        _, stats = clip(weights, gradients, AGC(per=per))
+        assert observed.row == stats.row
+        assert observed.coef.item() < 1
+        assert torch.equal(observed.sizes, stats.sizes)
+
+    def test_clipping_twice_changes_nothing_more(self) -> None:
+        weights = weights_of_the_model()
+        pairs = parameters(weights, gradients_over(1.0, weights, 0.01))
+        clipper = Clipper(pairs, AGC())
+        clipper.step()
+        once = arrays(after(pairs))
+        clipper.step()
+        assert_clipped(after(pairs), once)
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "channels-last": lambda: random(4, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+    "channels-last 3d": lambda: random(4, 3, 2, 5, 5).contiguous(memory_format=torch.channels_last_3d),
+    "transposed": lambda: random(6, 4).t(),
+    "permuted": lambda: random(4, 5, 6).permute(1, 2, 0),
+    "every other column": lambda: random(4, 6)[:, ::2],
+    "every other row": lambda: random(8, 3)[::2],
+    "every other entry": lambda: random(8)[::2],
+    "expanded": lambda: torch.tensor(2.0).expand(5, 3),
+    "expanded rows": lambda: torch.tensor([1.0, 2.0, 3.0]).expand(5, 3),
+    "expanded columns": lambda: torch.tensor([[1.0], [2e-4], [3.0]]).expand(3, 4),
+    "expanded bias": lambda: torch.tensor(2.0).expand(5),
+    "conjugated": lambda: random(4, 3, dtype=torch.complex64).conj(),
+}
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("per", AGC.scopes)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_layout_does_not_matter(self, layout: str, per: str) -> None:
+        gradient = LAYOUTS[layout]()
+        weight = Parameter(random(*gradient.shape, seed=3, dtype=gradient.dtype))
+        weight.grad = gradient
+        before = arrays({"w": gradient})
+        exact = reference.agc(before, arrays({"w": weight}), clip_factor=0.1, per=per)
+        stats = Clipper([("w", weight)], AGC(clip_factor=0.1, per=per)).step()
+        assert stats.sizes.tolist() == pytest.approx(list(exact.sizes.values()), rel=1e-6)
+        assert stats.coef.item() < 1
+        assert_clipped({"w": weight.grad}, exact.gradients)
+        if not layout.startswith("expanded"):
+            assert weight.grad.stride() == gradient.stride()
+
+    @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "channels" in name or name == "transposed"])
+    def test_the_layout_of_the_weights_does_not_matter(self, layout: str) -> None:
+        weight = Parameter(LAYOUTS[layout]())
+        weight.grad = random(*weight.shape, seed=4)
+        exact = reference.agc(arrays({"w": weight.grad}), arrays({"w": weight}))
+        stats = Clipper([("w", weight)], AGC()).step()
+        assert stats.limits.tolist() == pytest.approx(list(exact.limits.values()), rel=1e-6)
+        assert_clipped({"w": weight.grad}, exact.gradients)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_within_the_limit_no_layout_is_written(self, layout: str) -> None:
+        weight = Parameter(torch.ones_like(LAYOUTS[layout]()))
+        weight.grad = LAYOUTS[layout]()
+        witness = Witness([("w", weight)])
+        Clipper([("w", weight)], AGC(clip_factor=1e3)).step()
+        assert witness.written() == set()
+
+    def test_absent_gradients_stay_absent(self) -> None:
+        weights = {"a": random(2, 3), "b": random(3), "c": random(3, 2), "d": random(2, 2), "e": random(1)}
+        gradients = {**dict.fromkeys(weights), "c": random(3, 2, seed=5), "d": 1e-9 * random(2, 2, seed=6)}
+        clipped, stats = clip(weights, gradients, AGC())
+        there = {name: gradients[name] for name in "cd"}
+        exact = reference.agc(arrays(there), arrays(weights))
+        assert_clipped(clipped, exact.gradients)
+        sizes = dict(zip(stats.scopes, stats.sizes.tolist(), strict=True))
+        assert sizes == pytest.approx({**dict.fromkeys(stats.scopes, 0.0), **exact.sizes}, rel=1e-6)
+        assert stats.scopes[:3] == ("a[0]", "a[1]", "b")
+        assert stats.clipped.item() == pytest.approx(3 / 9, rel=1e-15)
+
+    @pytest.mark.parametrize(("shape", "units"), [((0, 3), 0), ((3, 0), 3), ((0,), 1), ((2, 0, 3), 2)])
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_empty_tensors_are_left_alone(self, shape: tuple[int, ...], units: int, alone: bool) -> None:
+        weights, gradients = {"empty": torch.zeros(shape)}, {"empty": torch.zeros(shape)}
+        if not alone:
+            weights["w"], gradients["w"] = random(2, 3), random(2, 3, seed=1)
+        clipped, stats = clip(weights, gradients, AGC())
+        assert clipped["empty"].shape == shape
+        assert len(stats.scopes) == len(stats.sizes) == units + (0 if alone else 2)
+        assert stats.sizes[:units].tolist() == [0] * units
+        assert bool(stats.finite)
+        if not alone:
+            assert_clipped(pick(clipped, "w"), reference.agc(arrays(gradients), arrays(weights)).gradients, only="w")
