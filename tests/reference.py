@@ -102,3 +102,19 @@ def ulp(values: Array, dtype: torch.dtype) -> Array:
     """The distance between neighbours in `dtype` at each value."""
     info = torch.finfo(dtype)
     return np.exp2(np.floor(np.log2(np.maximum(np.abs(values), info.tiny)))) * info.eps
+
+
+def normalize(
+    gradients: Mapping[str, Array],
+    scopes: Mapping[str, Hashable],
+    *,
+    target: float = 1.0,
+    smoothing: float = 1e-6,
+    p: float = 2.0,
+) -> tuple[dict[str, Array], dict[Hashable, float], dict[Hashable, float]]:
+    """Rescale every scope to the norm `target`; returns what `norm_clip` returns."""
+    sizes, coefs = {}, {}
+    for scope in dict.fromkeys(scopes[name] for name in gradients):
+        sizes[scope] = joint_norm([gradient for name, gradient in gradients.items() if scopes[name] == scope], p)
+        coefs[scope] = target / (sizes[scope] + smoothing) if sizes[scope] else 1.0
+    return {name: gradients[name] * coefs[scopes[name]] for name in gradients}, sizes, coefs

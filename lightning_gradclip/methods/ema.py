@@ -4,8 +4,8 @@ Rule: after the warm-up the limit of a scope is ratio * gamma, and gamma = beta 
 size after clipping. During the first `warmup` sizes all scopes share one coefficient, that of clipping their joint
 norm to `warmup_max_norm`, and gamma is the smallest v.
 
-Source: G. Wang, S. Li, C. Chen, J. Zeng, J. Yang, D. Yang, Y. Ma, X. Yu, D. Wu, "AdaGC: Improving Training Stability
-for Large Language Model Pretraining", 2025, algorithm 1, which is per="parameter" (the option `adagc`); as
+Source: G. Wang, S. Li, C. Chen, J. Zeng et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+Clipping", arXiv 2502.11034, 2025, algorithm 1, which is per="parameter" (the option `adagc`); as
 `pytorch_optimizer`'s `AdaGC` publishes it, whose warmup_steps is one more.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: in the published implementation a tensor
@@ -15,8 +15,8 @@ warm-up counts each scope's own sizes, so that scopes that appear later have one
 The level can rise by (1 - beta) * (ratio - 1) a step: with the defaults a lasting shift to twice the level is
 followed in 1,730 steps, to four times in 3,470; raise `ratio` or lower `beta` for faster.
 
-Suggested values: ratio 1.04, beta 0.99 (their lambda_rel 1.04 and beta 0.99), warmup 100, warmup_max_norm 1.0 (Wang
-et al., for language models of 1B to 7B parameters).
+Suggested values: ratio 1.04 (lambda_rel of Wang et al.), beta 0.99, warmup 100, warmup_max_norm 1.0 (lambda_abs, the
+usual limit of language models).
 """
 
 import math

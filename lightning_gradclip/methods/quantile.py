@@ -4,8 +4,8 @@ Rule: with h the sizes of a scope in earlier steps, the limit is the q-quantile 
 before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first.
 
 Source: P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
-Networks", MLSP 2020, equations 3 and 4: include_current=True, window=None, q=0.10 (the option `autoclip`). With the
-defaults it is `autoclip` 0.2.1's `QuantileClip` (per="parameter" there unless global_threshold=True).
+Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `autoclip`). With the defaults it is
+`autoclip` 0.2.1's `QuantileClip` (per="parameter" there unless global_threshold=True).
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN makes the published
 implementations produce NaN gradients from then on. No 1e-6 is added to the size before dividing. With window=None all
@@ -16,7 +16,7 @@ from the new level for the quantile to be one of them; q * window downward. With
 number of steps so far.
 
 Suggested values: q 0.9 cuts the largest tenth. AutoClip's q 0.10 cuts nine steps of ten, by design: it is closer to
-normalization than to clipping (Seetharaman et al. found q 0.10 best of 0.01 to 1 on source separation with Adam).
+normalization than to clipping (Seetharaman et al., for source separation with Adam).
 """
 
 from dataclasses import dataclass

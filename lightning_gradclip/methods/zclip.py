@@ -10,9 +10,9 @@ with s the standard deviation, and where z > z_threshold the limit is
 A `max_norm` limits in addition, during the warm-up too. After acting, with v the size to remember, mu = alpha * mu +
 (1 - alpha) * v, then variance = alpha * variance + (1 - alpha) * (v - mu)**2.
 
-Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
-algorithm 1; memory="faithful" equals `zclip` 1.0.0, whose names are "zscore" with "adaptive_scaling" or "mean", and
-"percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off by default.
+Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv
+2504.02507, 2025; memory="faithful" equals `zclip` 1.0.0, whose names are "zscore" with "adaptive_scaling" or "mean",
+and "percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off by default.
 
 Deviations: memory="faithful" remembers the reduced limit of a clipped step: after a lasting shift of the level by ten
 standard deviations it clips every later step. memory="winsorized", the default, remembers min(x, mu + z_threshold *
@@ -20,8 +20,8 @@ s) instead, with s at least 1 % of mu, and follows a shift to twice or four time
 that are not finite, or exactly zero, are never remembered: one NaN, or one infinite norm during the warm-up, disables
 the published implementation for good. `clip_factor` has no effect on "mean" and "max" there.
 
-Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., for 1B-parameter language models; they find 2
-to 3 to work).
+Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., for language models of 1B parameters at a
+learning rate of 3e-3).
 """
 
 import math
