@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 ENVIRONMENT = "CartPole-v1"
 
@@ -21,6 +21,11 @@ class Episodes(NamedTuple):
     actions: Tensor  # (T, N)
     rewards: Tensor  # (T, N), zero after the end
     alive: Tensor  # (T, N), False after the end
+
+
+def mean_return(episodes: Episodes) -> Tensor:
+    """Of an episode, not discounted."""
+    return episodes.rewards.sum(0).mean()
 
 
 class Game:
@@ -38,7 +43,7 @@ class Game:
         alive = np.full(self.episodes, True)
         steps = []
         while alive.any():
-            scores = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
+            scores = policy(torch.from_numpy(observations).to(device)).float().cpu().numpy()
             # The largest score plus Gumbel noise is a draw from the softmax of the scores.
             actions = (scores + random.gumbel(size=scores.shape)).argmax(-1)
             following, rewards, terminated, truncated, _ = environments.step(actions)
@@ -58,32 +63,33 @@ class CartPole(LightningDataModule):
         self.episodes, self.val_episodes, self.seed = episodes, val_episodes, seed
 
     def facts(self) -> dict[str, int]:
-        """What a model has to know."""
+        """What the model has to know."""
         environment = gymnasium.make(ENVIRONMENT)
         return {"observations": environment.observation_space.shape[0], "actions": int(environment.action_space.n)}
 
     def describe(self) -> str:
         return f"{ENVIRONMENT}, {self.episodes} episodes in a step"
 
-    def return_of_chance(self) -> float:
-        """The validation return of pushing the cart at random."""
+    def guessing(self) -> dict[str, float]:
+        """What pushing the cart at random achieves."""
         actions = self.facts()["actions"]
         episodes = self.game(0, self.val_episodes).play(lambda observations: torch.zeros(len(observations), actions))
-        return episodes.rewards.sum(0).mean().item()
+        return {"val/return": mean_return(episodes).item()}
 
     def game(self, number: int, episodes: int) -> Game:
         """Game 0 is the one for validation; every rank has games of its own."""
         rank = self.trainer.global_rank if self.trainer else 0
         return Game(episodes, [self.seed, rank, number])
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(Games(self), batch_size=None)
+    def train_dataloader(self) -> "Games":
+        return Games(self)
 
     def val_dataloader(self) -> DataLoader:
+        # Lightning would take a bare list for a list of loaders.
         return DataLoader([self.game(0, self.val_episodes)], batch_size=None)
 
 
-class Games(IterableDataset):
+class Games:
     """The training games of one rank, from the trainer's step on: a resumed run goes on where the first one stopped."""
 
     def __init__(self, data: CartPole):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from cartpole_data import Episodes, Game
+from cartpole_data import Episodes, Game, mean_return
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -50,11 +50,11 @@ class Policy(LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        self.log_dict({"train/loss": loss, "train/return": total(episodes)})
+        self.log_dict({"train/loss": loss, "train/return": mean_return(episodes)})
 
     def validation_step(self, game: Game, batch_idx: int) -> None:
         episodes = game.play(self, self.device)
-        self.log("val/return", total(episodes), batch_size=game.episodes, sync_dist=True)
+        self.log("val/return", mean_return(episodes), batch_size=game.episodes, sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer(self.parameters())
@@ -67,8 +67,3 @@ def discounted(rewards: Tensor, discount: float) -> Tensor:
     for step in reversed(range(len(rewards))):
         following = returns[step] = rewards[step] + discount * following
     return returns
-
-
-def total(episodes: Episodes) -> Tensor:
-    """The mean return of an episode, not discounted."""
-    return episodes.rewards.sum(0).mean()

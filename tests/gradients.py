@@ -50,7 +50,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two dense tensors are equal to the bit, NaN and the sign of zero included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    flat = [tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
     return torch.equal(*flat)
 
 

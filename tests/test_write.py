@@ -1,6 +1,7 @@
 """The only writes to gradients."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -100,23 +101,44 @@ def test_a_zero_coefficient_gives_zeros() -> None:
     assert parameter.grad.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "gradient",
-    [
-        random(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
-        random(4, 6).t(),
-        random(4, 6)[:, ::2],
-        torch.tensor(3.0),
-        random(4, dtype=torch.complex64).conj(),
-    ],
-    ids=["channels-last", "transposed", "every other column", "0-d", "conjugated"],
-)
-def test_layouts_are_kept(gradient: Tensor) -> None:
-    (parameter,) = holding(gradient.clone(memory_format=torch.preserve_format))
-    exact, strides = reference.array(parameter.grad) * 0.3, parameter.grad.stride()
-    write.scale_([parameter], coefs(0.3))
-    assert parameter.grad.stride() == strides
-    assert_exact(parameter.grad, exact)
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "channels-last": lambda: random(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    "transposed": lambda: random(4, 6).t(),
+    "every other column": lambda: random(4, 6)[:, ::2],
+    "every other row": lambda: random(8, 3)[::2],
+    "0-d": lambda: torch.tensor(3.0),
+    "conjugated": lambda: random(4, 3, dtype=torch.complex64).conj(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("others", [0, 2])
+def test_layouts_are_kept(layout: str, others: int) -> None:
+    parameters = holding(LAYOUTS[layout](), *(random(3, seed=i) for i in range(others)))
+    exact = [reference.array(parameter.grad) * 0.3 for parameter in parameters]
+    strides = parameters[0].grad.stride()
+    write.scale_(parameters, coefs(*[0.3] * len(parameters)))
+    assert parameters[0].grad.stride() == strides
+    for parameter, expected in zip(parameters, exact, strict=True):
+        assert_exact(parameter.grad, expected)
+
+
+def test_gradients_that_autograd_leaves_conjugated_are_scaled_and_masked() -> None:
+    parameters = [Parameter(random(4, 3, dtype=torch.complex64, seed=i)) for i in range(2)]
+    (parameters[0].conj() * parameters[1]).real.sum().backward()
+    assert any(parameter.grad.is_conj() for parameter in parameters)
+    exact = [reference.array(parameter.grad) * 0.3 for parameter in parameters]
+    write.scale_(parameters, coefs(0.3, 0.3))
+    for parameter, expected in zip(parameters, exact, strict=True):
+        assert_exact(parameter.grad, expected)
+    for parameter in parameters:
+        write.scale_units_(parameter, torch.tensor([0.5, 1.0, 0.25, 0.125]))
+        parameter.grad[1, 1] = math.nan
+    write.zero_nonfinite_(parameters)
+    factors = np.array([[0.5], [1.0], [0.25], [0.125]])
+    for parameter, expected in zip(parameters, exact, strict=True):
+        expected[1, 1] = 0
+        assert_exact(parameter.grad, expected * factors)
 
 
 def test_only_the_slice_is_written() -> None:
@@ -152,6 +174,130 @@ def test_a_sparse_gradient_is_scaled_as_the_sum_it_stands_for(coalesced: bool) -
     write.scale_([parameter], coefs(0.5))
     assert parameter.grad.is_sparse
     assert parameter.grad.to_dense().tolist() == [[0, 0], [-2, 4], [0, 0], [0, 0], [1.5, -2], [0, 0]]
+
+
+def rows(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 7), (4, 1), (4, 3, 2, 2), (4, 2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("coefs_dtype", [torch.float32, torch.float64], ids=str)
+def test_every_slice_is_multiplied_by_its_own_coefficient(
+    dtype: torch.dtype, shape: tuple[int, ...], coefs_dtype: torch.dtype
+) -> None:
+    (parameter,) = holding(random(*shape, dtype=dtype))
+    before = parameter.grad.clone()
+    factors = rows(0.1, 1.0, 1e-7, 7.3).to(coefs_dtype)
+    exact = reference.array(before) * factors.double().view(-1, *[1] * (len(shape) - 1)).numpy()
+    write.scale_units_(parameter, factors)
+    assert parameter.grad.dtype == dtype
+    assert_exact(parameter.grad, exact)
+    assert same_bits(parameter.grad[1], before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_slice_whose_coefficient_is_1_keeps_its_bits(dtype: torch.dtype) -> None:
+    part = [-0.0, 0.0, 6e-8, math.inf, 1.5]
+    values = [complex(-0.0, -1.0), complex(math.inf, 1.0), complex(1.0, -0.0), *part] if dtype.is_complex else part
+    gradient = torch.tensor([values, values], dtype=dtype)
+    (parameter,) = holding(gradient.clone())
+    for factors in (rows(1.0, 0.5), rows(1.0, 1e-42)):
+        write.scale_units_(parameter, factors)
+        assert same_bits(parameter.grad[0], gradient[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    ("entry", "coef"), [(3e38, 1e-39), (3e38, 3.3e-42), (3e38, 1e-60), (1e-42, 1e41), (1e-45, 1e44), (1e30, 1e-45)]
+)
+def test_coefficients_of_slices_outside_the_range_of_float32_keep_their_digits(
+    dtype: torch.dtype, entry: float, coef: float
+) -> None:
+    # Beside them ordinary coefficients, which lose nothing.
+    gradient = torch.cat((torch.full((2, 5), entry, dtype=dtype), random(60, 5).to(dtype)))
+    (parameter,) = holding(gradient.clone())
+    factors = torch.cat((rows(coef, 1.0), torch.rand(60, generator=torch.Generator().manual_seed(1)).double()))
+    exact = reference.array(gradient) * factors[:, None].numpy()
+    write.scale_units_(parameter, factors)
+    assert same_bits(parameter.grad[1], gradient[1])
+    assert_exact(parameter.grad, exact)
+
+
+def test_half_gradients_keep_their_digits_under_coefficients_outside_the_range_of_float32() -> None:
+    gradient = (random(400) * 5e37).bfloat16()
+    (parameter,) = holding(gradient.clone())
+    write.scale_([parameter], coefs(3e-40))
+    assert_exact(parameter.grad, reference.array(gradient) * 3e-40)
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels-last", "transposed", "every other column", "every other row", "conjugated"]
+)
+def test_layouts_of_slices_are_kept(layout: str) -> None:
+    (parameter,) = holding(LAYOUTS[layout]())
+    strides, before = parameter.grad.stride(), reference.array(parameter.grad).copy()
+    factors = 0.1 + torch.arange(len(before), dtype=torch.float64)
+    write.scale_units_(parameter, factors)
+    assert parameter.grad.stride() == strides
+    assert_exact(parameter.grad, before * factors.view(-1, *[1] * (before.ndim - 1)).numpy())
+
+
+def test_slices_are_written_in_place_and_only_they() -> None:
+    whole = torch.ones(4, 6)
+    gradient = whole[:, ::2]
+    (parameter,) = holding(gradient)
+    write.scale_units_(parameter, rows(0.5, 1.0, 0.25, 2.0))
+    assert parameter.grad is gradient
+    assert whole.tolist() == [[c, 1.0] * 3 for c in (0.5, 1.0, 0.25, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shape"),
+    [(torch.tensor(2.0), (3, 4)), (torch.tensor([[2.0], [4.0], [8.0]]), (3, 4)), (torch.ones(4), (3, 4))],
+)
+def test_the_slices_of_an_expanded_gradient_are_scaled_once(value: Tensor, shape: tuple[int, ...]) -> None:
+    (parameter,) = holding(value.expand(shape))
+    exact = reference.array(parameter.grad) * np.array([[0.5], [1.0], [0.25]])
+    write.scale_units_(parameter, rows(0.5, 1.0, 0.25))
+    assert_exact(parameter.grad, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("sparse_dim", [1, 2])
+def test_the_slices_of_a_sparse_gradient_are_scaled_as_the_sums_they_stand_for(
+    sparse_dim: int, coalesced: bool, dtype: torch.dtype
+) -> None:
+    indices = torch.tensor([[1, 4, 1, 0], [2, 0, 2, 1]])[:sparse_dim]
+    values = random(4, *[3, 2][sparse_dim - 1 :], seed=1, dtype=dtype)
+    gradient = torch.sparse_coo_tensor(indices, values, (6, 3, 2), check_invariants=True)
+    summed = gradient.coalesce()
+    (parameter,) = holding(summed.clone() if coalesced else gradient)
+    factors = rows(1.0, 0.5, 9.0, 9.0, 0.1, 9.0)
+    write.scale_units_(parameter, factors)
+    assert parameter.grad.is_sparse
+    assert parameter.grad._nnz() == 3
+    assert_exact(parameter.grad, reference.array(summed) * factors.view(-1, 1, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("gradient", "factors"),
+    [
+        (torch.zeros(0, 3), rows()),
+        (torch.zeros(3, 0), rows(0.5, 0.1, 1.0)),
+        (
+            torch.sparse_coo_tensor(torch.zeros(1, 0).long(), torch.zeros(0, 2), (3, 2), check_invariants=True),
+            rows(0.5, 0.1, 1),
+        ),
+        (None, rows(0.5, 0.1)),
+    ],
+    ids=["no slices", "no entries", "sparse without entries", "absent"],
+)
+def test_scaling_the_slices_of_nothing_does_nothing(gradient: Tensor | None, factors: Tensor) -> None:
+    (parameter,) = holding(gradient)
+    write.scale_units_(parameter, factors)
+    assert parameter.grad is gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

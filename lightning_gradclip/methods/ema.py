@@ -13,7 +13,7 @@ whose gradient is zero once during the warm-up (an unused embedding, LoRA's A) g
 warm-up counts each scope's own sizes, so that scopes that appear later have one too.
 
 The level can rise by (1 - beta) * (ratio - 1) a step: with the defaults a lasting shift to twice the level is
-followed in 1,730 steps, to four times in 3,470; raise `ratio` or lower `beta` for faster.
+followed in about 1,800 steps, to four times in 3,600; raise `ratio` or lower `beta` for faster.
 
 Suggested values: ratio 1.04 (lambda_rel of Wang et al.), beta 0.99, warmup 100, warmup_max_norm 1.0 (lambda_abs, the
 usual limit of language models).

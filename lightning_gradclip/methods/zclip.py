@@ -16,7 +16,7 @@ and "percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off b
 
 Deviations: memory="faithful" remembers the reduced limit of a clipped step: after a lasting shift of the level by ten
 standard deviations it clips every later step. memory="winsorized", the default, remembers min(x, mu + z_threshold *
-s) instead, with s at least 1 % of mu, and follows a shift to twice or four times the level within 200 steps. Sizes
+s) instead, with s at least 1 % of mu, and follows a shift to as much as ten times the level within 100 steps. Sizes
 that are not finite, or exactly zero, are never remembered: one NaN, or one infinite norm during the warm-up, disables
 the published implementation for good. `clip_factor` has no effect on "mean" and "max" there.
 

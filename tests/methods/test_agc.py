@@ -247,7 +247,7 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize("clip_factor", [0.01, 1e-6, 100.0])
     @pytest.mark.parametrize("entry", [3e38, 1e25, 1e19, 1e-25, 1e-45])
-    @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 4), (2, 20_000)])
+    @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 4), (2, 9000)])
     def test_entries_whose_squares_leave_float32(
         self, shape: tuple[int, ...], entry: float, clip_factor: float
     ) -> None:
@@ -293,9 +293,6 @@ class TestAgainstTheReference:
         clipped, _ = clip(weights, gradients, AGC(clip_factor=0.3))
         exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=0.3)
         assert [one.dtype for one in clipped.values()] == dtypes
-        # float64 sizes against float32 limits would not reach 1e-14.
-        np.testing.assert_allclose(clipped["w1"].numpy(), exact.gradients.pop("w1"), rtol=1e-6, atol=0)
-        del clipped["w1"]
         assert_clipped(clipped, exact.gradients)
 
 
@@ -376,20 +373,18 @@ def pick(tensors: Mapping[str, Tensor], name: str = "body.weight") -> Tensors:
 class TestEps:
     def losses(self, eps: float) -> tuple[float, float]:
         """The loss before and after 100 steps of SGD from weights of zero."""
-        module = nn.Linear(3, 2)
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        clipper = Clipper(module.named_parameters(), AGC(clip_factor=0.1, eps=eps), optimizer=optimizer)
-        inputs = random(50, 3)
-        targets = inputs @ torch.tensor([[1.0, -1.0], [0.5, 2.0], [-1.5, 0.3]]) + torch.tensor([0.7, -0.4])
+        weight, bias = Parameter(torch.zeros(2, 3)), Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight, bias], lr=1.0)
+        clipper = Clipper([("weight", weight), ("bias", bias)], AGC(clip_factor=0.1, eps=eps), optimizer=optimizer)
+        inputs = random(50, 1, 3)
+        targets = (inputs * torch.tensor([[1.0, 0.5, -1.5], [-1.0, 2.0, 0.3]])).sum(2) + torch.tensor([0.7, -0.4])
         losses = []
         for _ in range(101):
             optimizer.zero_grad()
-            loss = (module(inputs) - targets).square().mean()
+            loss = ((inputs * weight).sum(2) + bias - targets).square().mean()
             loss.backward()
             losses.append(loss.item())
-            assert clipper.step().skipped.item() is False
+            clipper.step()
             optimizer.step()
         return losses[0], losses[-1]
 
@@ -563,10 +558,10 @@ class TestLayouts:
 
 
 def spoilt(bad: float, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors]:
-    """A model with one bad entry, in the second unit of a convolution; units of every tensor are over their limit."""
+    """A model with one bad entry, in a unit beside one over its limit and one within."""
     weights = weights_of_the_model(dtype)
-    gradients = gradients_over(0.6, weights, 0.01)
-    gradients["conv2d.weight"][1] = 1.0
+    gradients = gradients_over(1.0, weights, 0.01)
+    gradients["conv2d.weight"][1:3] = 1e-5
     gradients["conv2d.weight"][1, 2, 0, 1] = bad
     return weights, gradients
 
@@ -577,21 +572,21 @@ class TestNonFinite:
     def test_ignored_only_the_bad_unit_is_let_through(self, bad: float, dtype: torch.dtype) -> None:
         weights, gradients = spoilt(bad, dtype)
         clipped, stats = clip(weights, gradients, AGC(), nonfinite="ignore")
-        assert same_bits(clipped["conv2d.weight"][1], gradients["conv2d.weight"][1])
         exact = reference.agc(arrays(gradients), arrays(weights))
-        assert_clipped(clipped, exact.gradients)
-        assert {exact.coefs[f"conv2d.weight[{i}]"] < 1 for i in (0, 2, 3)} == {True, False}
         assert bool(stats.finite) is False
-        assert stats.clipped.item() == np.mean([coef < 1 for coef in exact.coefs.values()])
+        assert stats.clipped.item() == (COUNT - 2) / COUNT
         assert stats.coef.item() == pytest.approx(min(exact.coefs.values()), rel=1e-6)
         assert torch.isfinite(stats.sizes).tolist() == [name != "conv2d.weight[1]" for name in stats.scopes]
+        written, expected = clipped.pop("conv2d.weight"), exact.gradients.pop("conv2d.weight")
+        np.testing.assert_array_equal(reference.array(written[1:3]), reference.array(gradients["conv2d.weight"][1:3]))
+        assert_clipped({**clipped, "rest": written[[0, 3]]}, {**exact.gradients, "rest": expected[[0, 3]]})
 
     def test_ignored_a_bad_complex_unit_is_let_through(self, bad: float) -> None:
         weights = {"w": torch.ones(3, 2, dtype=torch.complex64)}
         gradients = {"w": random(3, 2, dtype=torch.complex64)}
         gradients["w"][1, 0] = complex(bad, 1.0)
         clipped, _ = clip(weights, gradients, AGC(), nonfinite="ignore")
-        assert same_bits(clipped["w"][1], gradients["w"][1])
+        np.testing.assert_array_equal(clipped["w"][1].numpy(), gradients["w"][1].numpy())
         exact = reference.agc(arrays(gradients), arrays(weights))
         assert_clipped({"w": clipped["w"][[0, 2]]}, {"w": exact.gradients["w"][[0, 2]]})
 

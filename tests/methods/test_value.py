@@ -197,7 +197,7 @@ class TestLayouts:
         assert witness.written() == set()
         assert (stats.clipped.item(), stats.norm_clipped.item()) == (0.0, stats.norm.item())
 
-    @pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1])
+    @pytest.mark.parametrize("size", [CHUNK, CHUNK + 1, 2 * CHUNK + 1])
     def test_every_chunk_of_a_large_gradient_counts(self, size: int) -> None:
         gradients = {"w": torch.full((size,), 0.25)}
         places = sorted({0, CHUNK - 2, min(CHUNK, size - 1), size - 1})
