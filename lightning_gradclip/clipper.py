@@ -3,7 +3,7 @@
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ class Clipper:
         if self._policy.action == "skip" and row.clipped:
             dropped = row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
             self._limiter.learn(outcome, whole=bool(row.finite))
-            return self._drop(outcome, dropped, self._limiter.excess(outcome))
+            return self._drop(outcome, dropped, self._limiter.excess)
         if row.changed:
             self._write(outcome)
         self._skips.reset()
@@ -227,21 +227,19 @@ class Clipper:
     def _mend(self, outcome: Outcome, row: Row) -> StepStats:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         policy = self._policy.nonfinite
-        gradients = [parameter.grad for parameter in self._selection.params]
-        culprits = nonfinite.offenders(self._selection.names, gradients)
         if policy == "raise":
             self._record(outcome, row)
-            raise nonfinite.error(self._steps - 1, culprits)
+            raise nonfinite.error(self._steps - 1, self._culprits())
         if policy == "skip":
             row = row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            return self._drop(outcome, row, f"non-finite gradients in {culprits}")
+            return self._drop(outcome, row, lambda _: f"non-finite gradients in {self._culprits()}")
         write.zero_nonfinite_(self._selection.params)
         gradients = [parameter.grad for parameter in self._selection.params]
         outcome = self._limiter.judge(gradients, self._steps - 1)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             row = row._replace(finite=0.0, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            return self._drop(outcome, row, self._limiter.excess(outcome))
+            return self._drop(outcome, row, self._limiter.excess)
         if row.changed:
             self._write(outcome)
         self._skips.reset()
@@ -251,11 +249,17 @@ class Clipper:
         if self._policy.writes:
             self._limiter.write(outcome)
 
-    def _drop(self, outcome: Outcome, row: Row, reason: str) -> StepStats:
+    def _drop(self, outcome: Outcome, row: Row, why: Callable[[Outcome], str]) -> StepStats:
+        bounded = not self._scaled
+        reason = why(outcome) if self._skips.speaks(bounded=bounded) else ""
         write.drop_(self._selection.owned)
         stats = self._record(outcome, row)
-        self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank(), bounded=not self._scaled)
+        self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank(), bounded=bounded)
         return stats
+
+    def _culprits(self) -> str:
+        gradients = [parameter.grad for parameter in self._selection.params]
+        return nonfinite.offenders(self._selection.names, gradients)
 
     def _record(self, outcome: Outcome, row: Row | Tensor) -> StepStats:
         self._window.add(row)

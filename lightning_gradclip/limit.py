@@ -184,7 +184,7 @@ class Limiter:
         return self._scope_norms(reduce.global_sizes(self._norms(weights)))
 
     def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
-        return Row(*row.tolist()) if self._on_host or row.device.type == "cpu" else row
+        return Row(*row.cpu().tolist()) if self._on_host or row.device.type == "cpu" else row
 
     def _arrange(self, sizes: Tensor) -> None:
         if self._arranged is not self.scopes:

@@ -198,7 +198,7 @@ def _spread(norms: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
 @lru_cache(maxsize=64)
 def integers_on(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers as a tensor, kept: copying them to a device anew at every step would make the host wait for it."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, device="cpu").to(device)
 
 
 def widest(device: torch.device) -> torch.dtype:

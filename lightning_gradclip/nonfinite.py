@@ -39,6 +39,10 @@ class Skips:
     def reset(self) -> None:
         self.in_a_row = 0
 
+    def speaks(self, *, bounded: bool) -> bool:
+        """Whether the next `add` says why: finding out costs more than counting."""
+        return not self._warned or (bounded and self.most is not None and self.in_a_row >= self.most)
+
     def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
         """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing.
 
@@ -52,8 +56,10 @@ class Skips:
                 "training makes no progress. Lower the learning rate, check the data, raise the limit, "
                 f"or raise max_consecutive_skips (now {self.most})"
             )
-        if warn and not self._warned:
-            self._warned = True
+        if self._warned:
+            return
+        self._warned = True
+        if warn:
             warnings.warn(
                 f"dropped optimizer step {step}: {reason}. Parameters and optimizer state stay as they are; "
                 "further dropped steps are counted, not announced",

@@ -29,7 +29,7 @@ class Scopes:
     def index_on(self, device: torch.device) -> Tensor:
         """`index` as a tensor `(P,)`, moved to each device once."""
         if device not in self._indices:
-            self._indices[device] = torch.tensor(self.index, device=device)
+            self._indices[device] = torch.tensor(self.index, device="cpu").to(device)
         return self._indices[device]
 
     @cached_property

@@ -118,3 +118,127 @@ def normalize(
         sizes[scope] = joint_norm([gradient for name, gradient in gradients.items() if scopes[name] == scope], p)
         coefs[scope] = target / (sizes[scope] + smoothing) if sizes[scope] else 1.0
     return {name: gradients[name] * coefs[scopes[name]] for name in gradients}, sizes, coefs
+
+
+def quantile_limits(sizes: Array, *, q: float, window: int | None, include_current: bool = False) -> Array:
+    """Limits of QuantileClip for the sizes of one scope, all to be remembered."""
+    limits = []
+    for i in range(len(sizes)):
+        past = list(sizes[: i + 1 if include_current else i])[0 if window is None else -window :]
+        limits.append(np.percentile(past, 100 * q) if past else math.inf)
+    return np.array(limits)
+
+
+def sigma_limits(sizes: Array, *, k: float, window: int, warmup: int) -> Array:
+    """Limits of SigmaClip for the sizes of one scope, all to be remembered."""
+    limits = []
+    for i in range(len(sizes)):
+        past = [float(size) for size in sizes[max(0, i - window) : i]]
+        if len(past) < warmup:
+            limits.append(math.inf)
+            continue
+        mean = math.fsum(past) / len(past)
+        variance = math.fsum((size - mean) ** 2 for size in past) / (len(past) - 1)
+        limits.append(mean + k * math.sqrt(variance))
+    return np.array(limits)
+
+
+def olmo_drops(norms: Sequence[float], *, sigma_factor: float = 6.0, length: int = 128) -> list[bool]:
+    """Whether OLMo-core's SkipStepOptimizer drops each step, by the rule for the gradient norm alone.
+
+    Its list holds the current norm and at most `length` before it; there must be half of `length` in it.
+    """
+    held: list[float] = []
+    drops = []
+    for norm in norms:
+        held = [*held, float(norm)][-(length + 1) :]
+        previous = np.array(held[:-1], dtype=np.float64)
+        active = len(held) >= max(2, length // 2)
+        drops.append(bool(active and held[-1] - previous.mean() > sigma_factor * previous.std(ddof=1)))
+    return drops
+
+
+class ZClip(NamedTuple):
+    """The limit at each step, and the mean and variance after it."""
+
+    limits: Array
+    means: Array
+    variances: Array
+
+
+def zclip(
+    sizes: Array,
+    *,
+    z_threshold: float = 2.5,
+    alpha: float = 0.97,
+    warmup: int = 25,
+    mode: str = "reciprocal",
+    clip_factor: float = 1.0,
+    max_norm: float = math.inf,
+    memory: str = "winsorized",
+) -> ZClip:
+    """ZClip for the sizes of one scope, all to be remembered."""
+    result = ZClip([], [], [])
+    mean = variance = math.nan
+    for i, size in enumerate(map(float, sizes)):
+        limit = math.inf
+        if i < warmup:
+            first = sizes[: i + 1].astype(np.float64)
+            mean, variance = float(np.mean(first)), float(np.var(first))
+        else:
+            sd = math.sqrt(variance)
+            z = (size - mean) / (sd + 1e-6)
+            if mode == "reciprocal" and z > z_threshold:
+                limit = clip_factor * (mean + z_threshold * sd / (z / z_threshold))
+            elif mode == "mean" and z > z_threshold:
+                limit = clip_factor * mean
+            elif mode == "max" and size > mean + z_threshold * sd:
+                limit = clip_factor * (mean + z_threshold * sd)
+            if memory == "winsorized":
+                kept = min(size, mean + z_threshold * max(sd, 0.01 * mean))
+            else:
+                kept = limit if math.isfinite(limit) else size
+            mean = alpha * mean + (1 - alpha) * kept
+            variance = alpha * variance + (1 - alpha) * (kept - mean) ** 2
+        result.limits.append(min(limit, max_norm))
+        result.means.append(mean)
+        result.variances.append(variance)
+    return ZClip(*map(np.array, result))
+
+
+class Ema(NamedTuple):
+    """The limits at each step and gamma after it, `(steps, scopes)`; +inf and 0 stand for none."""
+
+    limits: Array
+    gammas: Array
+
+
+def ema(
+    sizes: Array, *, ratio: float = 1.04, beta: float = 0.99, warmup: int = 100, warmup_max_norm: float = 1.0
+) -> Ema:
+    """EmaClip for the sizes of all scopes, `(steps, scopes)`; 0 stands for no gradient."""
+    gammas, counts = [0.0] * sizes.shape[1], [0] * sizes.shape[1]
+    result = Ema([], [])
+    for row in sizes.tolist():
+        joint = math.sqrt(math.fsum(size**2 for size in row))
+        shared = warmup_max_norm / (joint + 1e-6) if joint > warmup_max_norm else math.inf
+        limits = []
+        for scope, size in enumerate(row):
+            if counts[scope] >= warmup:
+                limit = ratio * gammas[scope]
+            else:
+                limit = shared * size if size else math.inf
+            limits.append(limit)
+            if size == 0:
+                continue
+            after = min(size, limit)
+            if counts[scope] == 0:
+                gammas[scope] = after
+            elif counts[scope] < warmup:
+                gammas[scope] = min(gammas[scope], after)
+            else:
+                gammas[scope] = beta * gammas[scope] + (1 - beta) * after
+            counts[scope] += 1
+        result.limits.append(limits)
+        result.gammas.append(list(gammas))
+    return Ema(*map(np.array, result))

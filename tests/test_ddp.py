@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,9 +36,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
-from lightning_gradclip import GradientClipping, NormClip
+from lightning_gradclip import AGC, ClipMethod, GradientClipping, Normalize, NormClip, ValueClip
 
 LIMIT = 1.0
 
@@ -101,6 +102,113 @@ def test_prescribed_gradients_are_averaged_before_they_are_measured(tmp_path: Pa
     assert [step for step, _ in rows] == [0, 1, 2, 3]
     for (_, values), size in zip(rows, joint, strict=True):
         assert values == pytest.approx(aggregate([size], LIMIT), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ValueClip(max_value=0.1),
+        ValueClip(min_value=-0.02, max_value=0.5),
+        AGC(clip_factor=0.02),
+        AGC(per="parameter"),
+        Normalize(),
+        Normalize(per="layer", smoothing=0.0),
+    ],
+    ids=str,
+)
+def test_limits_of_every_kind_give_what_one_process_gives(method: ClipMethod) -> None:
+    data = regression_data(5, size=8)
+
+    def work(rank: int) -> Any:
+        module = Regression()
+        half = [tuple(part[4 * rank : 4 * rank + 4] for part in batch) for batch in data]
+        trainer = two(module, half, GradientClipping(method, measure_per="parameter"))
+        return weights(module), numbers(trainer)
+
+    first, second = workers.run(work)
+    assert equal(first, second)
+    module = Regression()
+    alone = fit(module, data, GradientClipping(method, measure_per="parameter"))
+    assert first[1]["gradclip/norm"] != pytest.approx(first[1]["gradclip/norm_clipped"], rel=0.01)
+    assert first[1] == pytest.approx(numbers(alone), rel=1e-5)
+    torch.testing.assert_close(first[0], weights(module), rtol=1e-6, atol=1e-6)
+
+
+def test_value_clipping_clamps_the_average() -> None:
+    given = [gradients(4, seed=rank) for rank in range(2)]
+    low, high = -0.2, 0.4
+
+    def work(rank: int) -> list[Gradient]:
+        received: list[Gradient] = []
+
+        class Watched(Prescribed):
+            def on_before_optimizer_step(self, optimizer: Any) -> None:
+                received.append({name: parameter.grad.clone() for name, parameter in self.named_parameters()})
+
+        two(Watched(), given[rank], GradientClipping(ValueClip(min_value=low, max_value=high)))
+        return received
+
+    first, second = workers.run(work)
+    assert equal(first, second)
+    # Halving is exact.
+    means = [{name: (one[name] + other[name]) / 2 for name in one} for one, other in zip(*given, strict=True)]
+    exact = [{name: mean.clamp(low, high) for name, mean in step.items()} for step in means]
+    assert not equal(exact, means)
+    assert equal(first, exact)
+
+
+def test_three_callbacks_clip_and_log_their_own_parts(tmp_path: Path) -> None:
+    given = [gradients(4, seed=rank) for rank in range(2)]
+    bound = 0.3
+
+    def trained(train: Callable[..., Any], batches: list[Gradient], folder: str) -> dict[str, Any]:
+        csv = CSVLogger(tmp_path, name=folder)
+        callbacks = [
+            GradientClipping(AGC(), name="body", include="encoder.weight"),
+            GradientClipping(ValueClip(max_value=bound), name="bias", include="encoder.bias"),
+            GradientClipping(NormClip(max_norm=LIMIT), name="head", include="head.*"),
+        ]
+        # The weights stay, and with them the limits of AGC.
+        module = Prescribed(lambda params: SGD(params, lr=0.0))
+        train(module, batches, *callbacks, logger=csv, log_every_n_steps=2)
+        return {callback.name: csv_rows(csv, f"{callback.name}/") for callback in callbacks}
+
+    steps = [mean_gradient(pair, 2) for pair in zip(*given, strict=True)]
+    limits = 0.01 * weights(Prescribed())["encoder.weight"].double().norm(dim=1)
+
+    def expected(window: list[Gradient]) -> dict[str, dict[str, float]]:
+        rows = [step["encoder.weight"].norm(dim=1) for step in window]
+        coefs = [(limits / row).clamp(max=1.0) for row in rows]
+        biases = [step["encoder.bias"] for step in window]
+        common = {"skipped": 0.0, "nonfinite": 0.0}
+        body = {
+            "norm": np.mean([row.norm() for row in rows]),
+            "norm_clipped": np.mean([(row * coef).norm() for row, coef in zip(rows, coefs, strict=True)]),
+            "norm_max": max(row.norm() for row in rows),
+            "coef_min": min(coef.min() for coef in coefs),
+            "clip_rate": 1.0,
+        }
+        bias = {
+            "norm": np.mean([one.norm() for one in biases]),
+            "norm_clipped": np.mean([one.clamp(-bound, bound).norm() for one in biases]),
+            "norm_max": max(one.norm() for one in biases),
+            "limit": bound,
+            "clip_rate": np.mean([bool((one.abs() > bound).any()) for one in biases]),
+        }
+        head = aggregate([norm(step, HEAD) for step in window], LIMIT)
+        parts = {"body": body | common, "bias": bias | common}
+        result = {
+            part: {f"{part}/{key}": float(value) for key, value in values.items()} for part, values in parts.items()
+        }
+        return result | {"head": {key.replace("gradclip", "head"): value for key, value in head.items()}}
+
+    on_two, _ = workers.run(lambda rank: trained(two, given[rank], f"rank {rank}"))
+    on_one = trained(fit, [{name: value.float() for name, value in step.items()} for step in steps], "one")
+    for rows in (on_two, on_one):
+        for part in ("body", "bias", "head"):
+            assert [step for step, _ in rows[part]] == [1, 3]
+            for (_, values), window in zip(rows[part], (steps[:2], steps[2:]), strict=True):
+                assert values == pytest.approx(expected(window)[part], rel=2e-6)
 
 
 def test_accumulated_gradients_are_measured_on_real_steps_only() -> None:

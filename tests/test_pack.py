@@ -3,21 +3,25 @@
 The package must be installed (`pip install -e .` will do): Hydra finds the pack by its metadata.
 """
 
+import dataclasses
 import inspect
 import json
+import math
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
+from boring import Prescribed, fit, gradients, weights
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_gradclip import GradientClipping
+from lightning_gradclip import ClipMethod, GradientClipping, NormClip
 
 PACK = files("lightning_gradclip.conf") / "callbacks" / "gradclip"
 METHODS = files("lightning_gradclip.methods")
@@ -29,6 +33,20 @@ OPTIONS = sorted(
 )
 # A method's YAML is named like its module; the other options are presets.
 METHOD_OPTIONS = [name for name in OPTIONS if (METHODS / f"{name}.py").is_file()]
+
+
+def method_of(option: str) -> type[ClipMethod]:
+    with (PACK / f"{option}.yaml").open() as file:
+        return get_class(OmegaConf.load(file).method._target_)
+
+
+# Options and the names of their limits that may change with the step.
+SCHEDULED = [
+    (option, field.name)
+    for option in METHOD_OPTIONS
+    for field in dataclasses.fields(method_of(option))
+    if "dict[int, float]" in str(field.type)
+]
 
 # Hydra 1.3 wraps what a constructor raises, Hydra 1.4 adds the key to it.
 REFUSED = (InstantiationException, TypeError)
@@ -67,6 +85,14 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def composed(application: Path, *overrides: str, config_name: str = "train") -> DictConfig:
     with initialize_config_dir(str(application / "configs"), version_base="1.3"):
         return compose(config_name, list(overrides))
+
+
+def composed_from_file(application: Path, folder: Path, text: str) -> DictConfig:
+    """With an option of the user's own that is written in this folder."""
+    file = folder / "callbacks" / "gradclip" / "written.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    return composed(application, f"hydra.searchpath=[file://{folder}]", "+callbacks/gradclip=written")
 
 
 def run(application: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -131,6 +157,46 @@ def test_two_callbacks_at_once(application: Path) -> None:
     assert isinstance(clip, GradientClipping)
 
 
+BODY_AND_HEAD = [
+    "+callbacks/gradclip@callbacks.body=agc",
+    "callbacks.body.name=body",
+    "callbacks.body.exclude=['head.*']",
+    "+callbacks/gradclip@callbacks.head=norm",
+    "callbacks.head.name=head",
+    "callbacks.head.include=['head.*']",
+    "callbacks.head.method.max_norm=0.25",
+]
+AND_BIAS = [
+    "callbacks.body.exclude=['head.*',encoder.bias]",
+    "+callbacks/gradclip@callbacks.bias=value",
+    "callbacks.bias.name=bias",
+    "callbacks.bias.include=encoder.bias",
+    "callbacks.bias.method.max_value=0.125",
+]
+
+
+@pytest.mark.parametrize(("overrides", "count"), [(BODY_AND_HEAD, 2), (BODY_AND_HEAD + AND_BIAS, 3)])
+def test_several_callbacks_each_clip_their_own_part(application: Path, overrides: list[str], count: int) -> None:
+    callbacks = instantiate(composed(application, *overrides).callbacks)
+    assert len(callbacks) == count
+    module = Prescribed()
+    before = weights(module)
+    # Steps of SGD that are what is left of the gradients.
+    module.make_optimizer = lambda params: torch.optim.SGD(params, lr=1.0)
+    trainer = fit(module, gradients(1, scale=100.0), *callbacks.values())
+    moved = {name: before[name] - after for name, after in weights(module).items()}
+    head = torch.cat([moved["head.weight"].flatten(), moved["head.bias"]])
+    assert head.norm().item() == pytest.approx(0.25, rel=1e-5)
+    rows = 0.01 * before["encoder.weight"].norm(dim=1)
+    torch.testing.assert_close(moved["encoder.weight"].norm(dim=1), rows, rtol=1e-4, atol=0)
+    if count == 2:
+        limit = 0.01 * before["encoder.bias"].norm().item()
+        assert moved["encoder.bias"].norm().item() == pytest.approx(limit, rel=1e-4)
+    else:
+        assert moved["encoder.bias"].abs().tolist() == pytest.approx([0.125] * 4, rel=1e-5)
+    assert {key.partition("/")[0] for key in trainer.callback_metrics if "/" in key} == set(callbacks)
+
+
 def test_the_application_keeps_its_own_callbacks(application: Path) -> None:
     cfg = composed(application, "+callbacks=checkpoint", "+callbacks/gradclip=norm")
     assert list(cfg.callbacks) == ["checkpoint", "gradclip"]
@@ -155,6 +221,57 @@ def test_a_schedule_is_one_override(application: Path) -> None:
     assert cfg.callbacks.gradclip.method.max_norm == {0: 10, 1000: 1}
     # The constructor copies it: a checkpoint must not hold a configuration object.
     assert type(instantiate(cfg.callbacks.gradclip.method).max_norm) is dict
+
+
+@pytest.mark.parametrize(("option", "name"), SCHEDULED)
+def test_every_limit_takes_a_schedule_from_python_a_file_and_the_command_line(
+    application: Path, tmp_path: Path, option: str, name: str
+) -> None:
+    sign = -1 if name == "min_value" else 1
+    first, last = sign * 0.5, sign * 0.125
+    from_python = method_of(option)(**{name: {0: first, 1000: last}})
+    line = f"callbacks.gradclip.method.{name}={{0:{first},1000:{last}}}"
+    from_line = composed(application, f"+callbacks/gradclip={option}", line)
+    text = f"defaults: [{option}, _self_]\nmethod:\n  {name}:\n    0: {first}\n    1000: {last}\n"
+    from_file = composed_from_file(application, tmp_path, text)
+    for cfg in (from_line, from_file):
+        method = instantiate(cfg.callbacks.gradclip).method
+        assert method == from_python
+        schedule = getattr(method, name)
+        assert type(schedule) is dict
+        assert [(type(step), step, value) for step, value in schedule.items()] == [(int, 0, first), (int, 1000, last)]
+
+
+def test_the_limits_that_take_a_schedule_are_found() -> None:
+    known = {"max_norm", "min_norm", "max_value", "min_value", "target", "clip_factor"}
+    assert known <= {name for _, name in SCHEDULED}
+
+
+def test_a_schedule_is_quoted_in_a_shell(application: Path) -> None:
+    process = subprocess.run(
+        f"'{sys.executable}' train.py +callbacks/gradclip=value 'callbacks.gradclip.method.max_value={{0:10,1000:1}}' "
+        "'callbacks.gradclip.method.min_value={0:-2.5,10:-inf}' hydra.output_subdir=null hydra.run.dir=.",
+        cwd=application,
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 0, process.stderr
+    method = json.loads(process.stdout)["cfg"]["callbacks"]["gradclip"]["method"]
+    # As JSON has it: keys are strings.
+    assert method["max_value"] == {"0": 10, "1000": 1}
+    assert method["min_value"] == {"0": -2.5, "10": -math.inf}
+
+
+def test_infinity_is_written_in_two_ways(application: Path, tmp_path: Path) -> None:
+    line = ["callbacks.gradclip.method.norm_type=inf", "callbacks.gradclip.method.max_norm={0:inf,10:1}"]
+    from_line = composed(application, "+callbacks/gradclip=norm", *line)
+    text = "defaults: [norm, _self_]\nmethod: {norm_type: .inf, max_norm: {0: .inf, 10: 1}}\n"
+    from_file = composed_from_file(application, tmp_path, text)
+    for cfg in (from_line, from_file):
+        method = instantiate(cfg.callbacks.gradclip).method
+        assert method == NormClip(norm_type=math.inf, max_norm={0: math.inf, 10: 1.0})
 
 
 def test_an_applications_option_builds_on_the_pack(application: Path) -> None:

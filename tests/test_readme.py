@@ -41,7 +41,7 @@ def test_make_targets_exist(command: str) -> None:
 @pytest.mark.parametrize("command", commands("python examples/"))
 def test_example_commands_run(command: str, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(command)
-    short = ["trainer.max_steps=3", "sample.length=0"] if script == "examples/train.py" else []
+    short = ["trainer.max_steps=3", "callbacks/sample=none"] if script == "examples/train.py" else []
     run([str(ROOT / script), *arguments, *short], tmp_path)
 
 

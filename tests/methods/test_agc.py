@@ -220,7 +220,7 @@ class TestAgainstTheReference:
         assert stats.clipped.item() == np.mean([coef < 1 for coef in exact.coefs.values()])
 
     @pytest.mark.parametrize("per", AGC.scopes)
-    @settings(derandomize=True, deadline=None, max_examples=60)
+    @settings(derandomize=True, deadline=None, max_examples=40)
     @given(
         exponents=st.lists(st.integers(-25, 25), min_size=len(SHAPES), max_size=len(SHAPES)),
         weight_exponent=st.integers(-6, 6),
@@ -245,7 +245,7 @@ class TestAgainstTheReference:
         # What is small is left as it is.
         assert all((clipped[name].abs() <= gradients[name].abs()).all() for name in SHAPES)
 
-    @pytest.mark.parametrize("clip_factor", [0.01, 1e-6, 100.0])
+    @pytest.mark.parametrize("clip_factor", [1e-6, 100.0])
     @pytest.mark.parametrize("entry", [3e38, 1e25, 1e19, 1e-25, 1e-45])
     @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 4), (2, 9000)])
     def test_entries_whose_squares_leave_float32(

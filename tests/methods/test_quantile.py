@@ -1,0 +1,191 @@
+"""QuantileClip against autoclip, NumPy and a float64 reference."""
+
+import dataclasses
+import math
+
+import numpy as np
+import peers
+import pytest
+import reference
+import torch
+from omegaconf import OmegaConf
+from streams import Fed, noisy, shifted
+
+from lightning_gradclip import QuantileClip
+
+QUANTILES = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def by_scope(sizes: np.ndarray, **arguments: object) -> np.ndarray:
+    """The reference's limits for each column."""
+    return np.stack([reference.quantile_limits(column, **arguments) for column in sizes.T], axis=1)
+
+
+class TestAgainstAutoclip:
+    @pytest.mark.parametrize(("q", "window"), [(0.9, 1000), (0.9, 100), (0.5, 250), (0.25, 64)])
+    @pytest.mark.parametrize("per", ["model", "parameter"])
+    def test_gradients_are_those_of_its_quantile_clip(self, q: float, window: int, per: str) -> None:
+        autoclip = peers.module("autoclip.torch")
+        rows = noisy(600, 3)
+        ours = Fed(QuantileClip(q=q, window=window, per=per), 3, dtype=torch.float32, size=7)
+        theirs = Fed(None, 3, dtype=torch.float32, size=7)
+        peer = autoclip.QuantileClip(
+            [parameter for _, parameter in theirs.pairs],
+            quantile=q,
+            history_length=window,
+            global_threshold=per == "model",
+        )
+        clipped = 0
+        for row in rows:
+            ours.step(row)
+            theirs.give(row)
+            peer.step()
+            for (_, one), (_, other) in zip(ours.pairs, theirs.pairs, strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=0)
+            clipped += ours.norms() < 0.999 * row
+        assert (clipped > 0.8 * (1 - q) * 600).all()
+
+
+class TestAgainstNumPy:
+    def test_autoclip_is_the_percentile_of_all_norms_including_this_one(self) -> None:
+        # More than twice as many as are kept unsorted.
+        rows = noisy(2200)
+        fed = Fed(QuantileClip(q=0.1, window=None, include_current=True))
+        limits, after = [], []
+        for row in rows:
+            limits.append(fed.step(row).limit.item())
+            after += fed.norms()
+        expected = [np.percentile(rows[: i + 1], 10) for i in range(len(rows))]
+        np.testing.assert_allclose(limits, expected, rtol=1e-13, atol=0)
+        np.testing.assert_allclose(after, np.minimum(rows[:, 0], expected), rtol=1e-13, atol=0)
+        # Nine of ten, by design.
+        assert np.mean(after < rows[:, 0]) > 0.85
+
+    @pytest.mark.parametrize("q", QUANTILES)
+    @pytest.mark.parametrize("window", [1, 2, 7, 100, None])
+    @pytest.mark.parametrize("include_current", [False, True])
+    def test_the_limit_is_the_quantile_of_the_norms_in_the_window(
+        self, q: float, window: int | None, include_current: bool
+    ) -> None:
+        rows = noisy(130, 3)
+        arguments = {"q": q, "window": window, "include_current": include_current}
+        limits = Fed(QuantileClip(**arguments, per="parameter"), 3).limits(rows)
+        np.testing.assert_allclose(limits, by_scope(rows, **arguments), rtol=1e-13, atol=0)
+
+    def test_the_defaults_over_a_whole_run(self) -> None:
+        rows = noisy(1200)
+        fed = Fed(QuantileClip())
+        expected = reference.quantile_limits(rows[:, 0], q=0.9, window=1000)
+        after = []
+        for row, limit in zip(rows, expected, strict=True):
+            assert fed.step(row).limit.item() == pytest.approx(limit, rel=1e-13)
+            after += fed.norms()
+        np.testing.assert_allclose(after, np.minimum(rows[:, 0], expected), rtol=1e-13, atol=0)
+        assert 0.05 < np.mean(after < rows[:, 0]) < 0.2
+
+    def test_the_norms_are_of_the_given_p(self) -> None:
+        rows = noisy(20, 2)
+        joint = rows.sum(axis=1)
+        limits = Fed(QuantileClip(norm_type=1.0), 2).limits(rows)
+        np.testing.assert_allclose(limits[:, 0], reference.quantile_limits(joint, q=0.9, window=1000), rtol=1e-13)
+
+
+class TestLimits:
+    @pytest.mark.parametrize("window", [1000, None])
+    def test_nothing_limits_the_first_step(self, window: int | None) -> None:
+        fed = Fed(QuantileClip(window=window))
+        assert fed.step([1e30]).limit.item() == math.inf
+        assert fed.norms() == [1e30]
+        # The only norm there is, for every quantile.
+        assert fed.step([2.0]).limit.item() == 1e30
+
+    def test_with_the_current_norm_even_the_first_step_has_a_limit(self) -> None:
+        fed = Fed(QuantileClip(include_current=True))
+        assert fed.step([3.0]).limit.item() == 3.0
+        assert fed.norms() == [3.0]
+
+    @pytest.mark.parametrize("norm", [0.1, 1 / 3, 7e-5])
+    @pytest.mark.parametrize("q", QUANTILES)
+    @pytest.mark.parametrize("window", [11, None])
+    def test_a_constant_norm_is_its_own_quantile(self, norm: float, q: float, window: int | None) -> None:
+        limits = Fed(QuantileClip(q=q, window=window, per="parameter"), 2).limits([[norm, 2 * norm]] * 30)
+        assert limits[1:].tolist() == [[norm, 2 * norm]] * 29
+
+    def test_no_epsilon_is_added_to_the_size(self) -> None:
+        fed = Fed(QuantileClip())
+        fed.step([1e-9])
+        fed.step([4e-9])
+        assert fed.norms() == pytest.approx([1e-9], rel=1e-14)
+
+
+class TestLevelShifts:
+    WINDOW = 100
+
+    @pytest.fixture(scope="class")
+    def run(self) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Norms, limits and factors; the level changes after 150 steps, noise from 0 to 30 %."""
+        rows, factors = shifted(150, self.WINDOW + 1, (2.0, 4.0, 0.25))
+        limits = Fed(QuantileClip(q=0.9, window=self.WINDOW, per="parameter"), len(factors)).limits(rows)
+        return rows[150:], limits[150:], factors
+
+    def test_after_a_window_the_limit_is_the_quantile_of_the_new_level(self, run: tuple) -> None:
+        rows, limits, _ = run
+        np.testing.assert_allclose(limits[-1], np.quantile(rows[:-1], 0.9, axis=0), rtol=1e-13)
+
+    def test_upward_it_is_a_norm_of_the_new_level_after_a_tenth(self, run: tuple) -> None:
+        rows, limits, factors = run
+        for scope in range(8):
+            # With one more than (1 - q) * window.
+            assert limits[11, scope] >= rows[:11, scope].min()
+        # Without noise it is the old one until then.
+        assert limits[9, [0, 4]].tolist() == [1.0, 1.0]
+        assert limits[11, [0, 4]].tolist() == [factors[0], factors[4]]
+
+    def test_downward_after_nine_tenths(self, run: tuple) -> None:
+        rows, limits, factors = run
+        for scope in range(8, 12):
+            assert limits[91, scope] <= rows[:91, scope].max()
+        assert (limits[89, 8], limits[91, 8]) == (1.0, factors[8])
+
+
+class TestArguments:
+    def test_defaults(self) -> None:
+        assert dataclasses.asdict(QuantileClip()) == {
+            "q": 0.9,
+            "window": 1000,
+            "include_current": False,
+            "per": "model",
+            "norm_type": 2.0,
+        }
+
+    def test_numbers_become_plain(self) -> None:
+        method = QuantileClip(q=1, window=np.int64(5), norm_type=OmegaConf.create([1])[0])
+        assert repr(method) == (
+            "QuantileClip(q=1.0, window=5, include_current=False, per='model', norm_type=1.0)"
+        )
+        assert (type(method.q), type(method.window), type(method.norm_type)) == (float, int, float)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "said"),
+        [
+            ({"q": 90}, ValueError, "q must be <= 1, got 90; 0.9 stands for the 90th percentile"),
+            ({"q": -0.1}, ValueError, "q must be >= 0, got -0.1; 0.9 stands for the 90th percentile"),
+            ({"q": math.nan}, ValueError, "q must be >= 0 and <= 1, got nan; 0.9 stands for the 90th percentile"),
+            ({"q": "0.9"}, TypeError, "q must be a number, got '0.9' (str); 0.9 stands for the 90th percentile"),
+            ({"q": True}, TypeError, "q must be a number, got True (bool); 0.9 stands for the 90th percentile"),
+            ({"window": 0}, ValueError, "window must be >= 1, got 0; None remembers all norms"),
+            ({"window": 10.0}, TypeError, "window must be a whole number, got 10.0 (float); None remembers all norms"),
+            ({"include_current": "false"}, TypeError, "include_current must be True or False, got 'false' (str)"),
+            ({"include_current": 1}, TypeError, "include_current must be True or False, got 1 (int)"),
+            ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),
+            ({"norm_type": 0}, ValueError, "norm_type must be > 0, got 0; the usual norm is norm_type=2"),
+            ({"norm_type": "2"}, TypeError, "norm_type must be a number, got '2' (str); the usual norm is norm_type=2"),
+        ],
+        ids=str,
+    )
+    def test_what_is_wrong_is_said_with_value_and_remedy(
+        self, arguments: dict[str, object], error: type[Exception], said: str
+    ) -> None:
+        with pytest.raises(error) as failure:
+            QuantileClip(**arguments)
+        assert str(failure.value) == said
