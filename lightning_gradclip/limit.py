@@ -128,7 +128,7 @@ class Limiter:
             sizes = scope_norms / self._root_counts(gradients, norms)
         if method.adaptive:
             self._arrange(sizes)
-        weights = self._weights(gradients) if method.needs_weight else None
+        weights = self._weights() if method.needs_weight else None
         limits = method.limit(sizes, weights, step)
         if method.adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
@@ -177,11 +177,9 @@ class Limiter:
         sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self._scopes.members)
         return measure.integers_on(sums, norms.device).to(norms.dtype).sqrt()
 
-    def _weights(self, gradients: Gradients) -> Tensor:
-        """The norm of the weights of each scope, `(S,)`, of those that have a gradient."""
-        pairs = zip(self._params, gradients, strict=True)
-        weights = [None if gradient is None else parameter for parameter, gradient in pairs]
-        return self._scope_norms(reduce.global_sizes(self._norms(weights)))
+    def _weights(self) -> Tensor:
+        """The norm of the weights of each scope, `(S,)`, whether they have a gradient or not."""
+        return self._scope_norms(reduce.global_sizes(self._norms(self._params)))
 
     def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
         return Row(*row.cpu().tolist()) if self._on_host or row.device.type == "cpu" else row

@@ -10,26 +10,27 @@ import torch
 from boring import Prescribed, fit, gradients, weights
 from hydra import compose, initialize
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from streams import Fed, noisy, shifted
 from torch.optim import AdamW
 
-from lightning_gradclip import GradientClipping, SigmaClip
+from lightning_gradclip import SigmaClip
 
 
-def skip_spikes() -> GradientClipping:
+def skip_spikes() -> DictConfig:
+    """The preset as a user's application composes it."""
     with initialize(config_path=None, version_base="1.3"):
-        return instantiate(compose(overrides=["+callbacks/gradclip=skip_spikes"]).callbacks.gradclip)
+        return compose(overrides=["+callbacks/gradclip=skip_spikes"]).callbacks.gradclip
 
 
 class TestAgainstOlmo:
     @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
     def test_skip_spikes_drops_the_same_steps(self) -> None:
-        preset = skip_spikes()
-        assert preset.action == "skip"
+        method, action = instantiate(skip_spikes().method), skip_spikes().action
         dropped, expected = [], []
         for seed in (0, 1):
             rows = noisy(2000, seed=seed, spikes=0.015)
-            fed = Fed(preset.method, action="skip", max_consecutive_skips=None)
+            fed = Fed(method, action=action, max_consecutive_skips=None)
             for row in rows:
                 dropped.append(fed.step(row).skipped.item())
                 assert all(parameter.grad is None for _, parameter in fed.pairs) == dropped[-1]
@@ -42,7 +43,7 @@ class TestAgainstOlmo:
     def test_the_64th_norm_is_the_first_that_can_be_dropped(self) -> None:
         quiet = [[1.0 + 0.01 * (i % 3)] for i in range(63)]
         for before, drops in ((62, False), (63, True)):
-            fed = Fed(skip_spikes().method, action="skip")
+            fed = Fed(instantiate(skip_spikes().method), action="skip")
             for row in quiet[:before]:
                 assert not fed.step(row).skipped.item()
             assert fed.step([5.0]).skipped.item() is drops
@@ -55,9 +56,9 @@ class TestAgainstOlmo:
 
         def run(batches: list) -> tuple:
             module = Prescribed(lambda params: AdamW(params, lr=0.01, weight_decay=0.1))
-            trainer = fit(module, batches, preset := skip_spikes())
+            trainer = fit(module, batches, callback := instantiate(skip_spikes()))
             state = trainer.optimizers[0].state_dict()["state"]
-            return weights(module), state, float(trainer.callback_metrics["gradclip/skipped"]), preset
+            return weights(module), state, float(trainer.callback_metrics["gradclip/skipped"]), callback
 
         one, other = run(given), run([*given[:70], bad, *given[70:]])
         assert (one[2], other[2]) == (0.0, 1.0)
@@ -90,7 +91,7 @@ class TestAgainstTheReference:
         assert np.isinf(expected).sum() == 2 * arguments["warmup"]
         np.testing.assert_allclose(limits, expected, rtol=1e-12, atol=0)
         np.testing.assert_allclose(after, np.minimum(rows, expected), rtol=1e-12, atol=0)
-        assert (after < rows).mean(axis=0) == pytest.approx([0.01, 0.01], abs=1) and (after < rows).any()
+        assert (after < rows).any(axis=0).all()
 
     def test_the_defaults_are_those_of_the_first_case(self) -> None:
         rows = noisy(200)
