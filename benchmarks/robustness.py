@@ -4,9 +4,9 @@
     pip install --no-deps -r tests/peers.txt       # the published implementations
 
 Two tensors get gradients of known norm for 5,000 steps, with 5 % noise and one spike of 20 times the norm in 100
-steps, and one thing happens. A cell gives, of the steps after that, the share of the spikes that were at least halved and of the other
-steps that were reduced at all, and how many steps passed until the latter share, over the next 100 steps, was within ten
-percentage points of what it is at that time when nothing happens.
+steps, and one thing happens. A cell gives, of the steps after that, the share of the spikes that were at least halved
+and of the other steps that were reduced at all, and how many steps passed until the latter share, over the next 100
+steps, was within ten percentage points of what it is at that time when nothing happens.
 """
 
 import importlib.metadata

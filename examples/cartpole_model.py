@@ -37,7 +37,9 @@ class Policy(LightningModule):
     def loss(self, episodes: Episodes) -> Tensor:
         """Its gradient is the policy gradient: a sum over the steps of an episode, a mean over the episodes."""
         alive = episodes.alive
-        log_probs = Categorical(logits=self(episodes.observations[alive])).log_prob(episodes.actions[alive])
+        scores = self(episodes.observations[alive])
+        # Not validated: a NaN shows in the loss and stops the run.
+        log_probs = Categorical(logits=scores, validate_args=False).log_prob(episodes.actions[alive])
         returns = discounted(episodes.rewards, self.discount)[alive]
         # Normalised, so that the actions with less than the mean return become less likely.
         advantages = (returns - returns.mean()) / (returns.std() + 1e-8)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, relu
+from torch.nn.functional import conv2d, cross_entropy, relu
 from torch.optim import Optimizer
 
 
@@ -42,11 +42,11 @@ class Block(nn.Module):
         self.alpha, self.beta = alpha, variance**0.5
         self.conv1 = StandardizedConv(inputs, outputs, 3, stride=2 if shrinks else 1)
         self.conv2 = StandardizedConv(outputs, outputs, 3)
-        self.shortcut = StandardizedConv(inputs, outputs, 1) if shrinks else None
+        self.shortcut = StandardizedConv(inputs, outputs, 1, stride=2) if shrinks else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = scaled_relu(x) / self.beta
-        shortcut = x if self.shortcut is None else self.shortcut(avg_pool2d(out, 2))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
         return shortcut + self.alpha * self.conv2(scaled_relu(self.conv1(out)))
 
 

@@ -55,7 +55,7 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
     if stopped:
         say(f"Training diverged and stopped: {stopped}")
     elif "val/loss" in guessing and diverged(log, reached["val/loss"], guessing["val/loss"]):
-        say("Training diverged: the loss exploded and the model does no better than guessing.")
+        say("Training diverged: the loss exploded and ended no better than that of guessing.")
 
 
 def diverged(log: Log, loss: float, guessing: float) -> bool:

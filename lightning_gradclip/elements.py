@@ -88,8 +88,7 @@ class ElementLimiter(Limiter):
         touched: list[int] = []
         for i in places:
             values = measure.dense_values(gradients[i])  # pyright: ignore[reportArgumentType]
-            # Bounds as the gradient's dtype stores them: clamping to 0.1 in bfloat16 gives its neighbour of 0.1.
-            least, most = torch.tensor([low, high], dtype=values.dtype, device="cpu").tolist()
+            least, most = write.stored_bounds(values.dtype, low, high)
             if on_cpu and _is_within(values, least, most):
                 continue
             count, norm = _compared(values, least, most, self._method.norm_type)

@@ -45,7 +45,7 @@ class Scopes:
         return tuple(tuple(one) for one in lists)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Units:
     """The output units of some parameters, in order, each a scope.
 
@@ -53,20 +53,26 @@ class Units:
 
     Attributes:
         parameters: The names of the parameters.
-        rows: The number of units of each parameter.
-        sliced: For each parameter whether its units are slices of it.
+        params: The parameters; those of lazy modules take their shape when the model first runs.
     """
 
     parameters: tuple[str, ...]
-    rows: tuple[int, ...]
-    sliced: tuple[bool, ...]
+    params: tuple[Tensor, ...]
 
     @staticmethod
     def of(names: Sequence[str], params: Sequence[Tensor]) -> "Units":
         """The units of these parameters."""
-        sliced = tuple(parameter.ndim > 1 for parameter in params)
-        rows = tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in params)
-        return Units(tuple(names), rows, sliced)
+        return Units(tuple(names), tuple(params))
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """The number of units of each parameter."""
+        return tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in self.params)
+
+    @cached_property
+    def sliced(self) -> tuple[bool, ...]:
+        """For each parameter whether its units are slices of it."""
+        return tuple(parameter.ndim > 1 for parameter in self.params)
 
     @property
     def count(self) -> int:

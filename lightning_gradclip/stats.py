@@ -68,12 +68,12 @@ class StepStats:
 
     @property
     def coef(self) -> Tensor:
-        """The smallest coefficient applied to a scope, 0-d; 1 where nothing was clipped, 0 for a dropped step."""
+        """The smallest coefficient applied to a scope, 0-d; 1 if nothing was clipped, 0 if dropped, NaN if by value."""
         return self._field("coef")
 
     @property
     def clipped(self) -> Tensor:
-        """Fraction of the scopes over their limit, 0-d."""
+        """Fraction of the scopes over their limit, 0-d; of the entries outside the bounds for clipping by value."""
         return self._field("clipped")
 
     @property

@@ -17,6 +17,9 @@ from lightning_gradclip.select import Selection
 
 # A float32 sum over more entries loses the sixth digit; up to here norms are those of torch, bit for bit.
 _LONG = 8192
+# Where torch has no vectorised kernel, it sums one after the other.
+_COLUMNS = 512
+_HUGE = 1e25
 
 
 class UnitLimiter(Limiter):
@@ -90,11 +93,13 @@ def _norms_of(tensor: Tensor, rows: int, norm_type: float, exact: bool) -> Tenso
     if tensor.device.type != "cpu":
         return norms
     low, high = torch.aminmax(norms)
+    if high > _HUGE:
+        # Divided by so large a norm, a limit would leave float32.
+        norms = norms.double()
     if not measure.is_suspect(low.item(), norm_type) and not measure.is_suspect(high.item(), norm_type):
         return norms
     # Units without any gradient are common, those whose entries vanish when squared are not.
-    smallest = measure.smallest(norm_type)
-    suspect = ~((norms >= smallest) & (norms < math.inf))
+    suspect = ~((norms >= measure.smallest(norm_type)) & (norms < math.inf))
     if low == 0:
         suspect &= measure.vector_norm(matrix, math.inf, dim=1) != 0
     if not suspect.any():
@@ -104,12 +109,17 @@ def _norms_of(tensor: Tensor, rows: int, norm_type: float, exact: bool) -> Tenso
 
 def _fast_norms(matrix: Tensor, norm_type: float) -> Tensor:
     wide = measure.accumulator(matrix.dtype, norm_type)
+    vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
     columns = matrix.shape[1]
-    if columns <= _LONG:
+    if columns <= (_LONG if vectorised else _COLUMNS):
         return measure.vector_norm(matrix, norm_type, dim=1, dtype=wide)
-    pieces = [measure.vector_norm(part, norm_type, dim=1, dtype=wide) for part in matrix.split(_LONG, dim=1)]
-    norms = measure.vector_norm(torch.stack(pieces, dim=1), norm_type, dim=1, dtype=measure.widest(matrix.device))
-    return norms.to(pieces[0].dtype)
+    whole = columns // _COLUMNS * _COLUMNS
+    blocks = matrix[:, :whole].unflatten(1, (-1, _COLUMNS))
+    pieces = [measure.vector_norm(blocks, norm_type, dim=2, dtype=wide)]
+    if whole < columns:
+        pieces.append(measure.vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)[:, None])
+    joined = torch.cat(pieces, dim=1)
+    return measure.vector_norm(joined, norm_type, dim=1, dtype=measure.widest(matrix.device)).to(joined.dtype)
 
 
 def _exact_norms(matrix: Tensor, norm_type: float) -> Tensor:

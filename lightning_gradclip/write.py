@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DOUBLE = (torch.float64, torch.complex128)
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
@@ -16,38 +15,48 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for parameter, coef in zip(params, coefs, strict=True):
         if (gradient := parameter.grad) is not None:
-            values = _stored_values(parameter, gradient)
-            # A float32 factor keeps its digits against half gradients, where a half factor would add an error.
-            factor = torch.float64 if values.dtype in _DOUBLE else torch.float32
-            gradients, factors = batches.setdefault((values.device, factor), ([], []))
+            values = _real_values(parameter, gradient)
+            gradients, factors = batches.setdefault((values.device, _factor_dtype(values)), ([], []))
             gradients.append(values)
             factors.append(coef)
     for (device, dtype), (gradients, factors) in batches.items():
-        if all(one is factors[0] for one in factors):
-            for part in _parts(factors[0]):
-                _multiply_(gradients, part.to(device, dtype))
+        joined = factors[0] if all(one is factors[0] for one in factors) else torch.stack(factors)
+        if _leaves_float32(joined):
+            for values, factor in zip(gradients, factors, strict=True):
+                values.copy_(values.double() * factor.double())
+        elif joined.ndim == 0:
+            _multiply_(gradients, joined.to(device, dtype))
         else:
-            for part in _parts(torch.stack(factors)):
-                _multiply_(gradients, list(part.to(device, dtype).unbind()))
+            _multiply_(gradients, list(joined.to(device, dtype).unbind()))
 
 
 def scale_units_(parameter: Tensor, coefs: Tensor) -> None:
     """Multiply each slice of the parameter's gradient along dim 0 by its coefficient, `(rows,)`."""
     if (gradient := parameter.grad) is None:
         return
-    values = _stored_values(parameter, gradient)
+    values = _real_values(parameter, gradient)
     if gradient.is_sparse:
         coefs = coefs[gradient.coalesce().indices()[0]]
-    factor = torch.float64 if values.dtype in _DOUBLE else torch.float32
-    for part in _parts(coefs):
-        values.mul_(part.to(values.device, factor).view(-1, *[1] * (values.ndim - 1)))
+    factors = coefs.view(-1, *[1] * (values.ndim - 1))
+    if _leaves_float32(factors):
+        values.copy_(values.double() * factors.double())
+    else:
+        values.mul_(factors.to(values.device, _factor_dtype(values)))
 
 
 def clamp_(params: Iterable[Tensor], low: float, high: float) -> None:
     """Replace entries below `low` by it and entries above `high` by that; NaN stays."""
     for parameter in params:
         if (gradient := parameter.grad) is not None:
-            _stored_values(parameter, gradient).clamp_(low, high)
+            values = _stored_values(parameter, gradient)
+            least, most = stored_bounds(values.dtype, low, high)
+            values.clamp_(least, most)
+
+
+def stored_bounds(dtype: torch.dtype, low: float, high: float) -> tuple[float, float]:
+    """The bounds as `dtype` stores them: 0.1 in bfloat16 is a neighbour of 0.1, and 1e5 in float16 is infinite."""
+    least, most = torch.tensor([low, high], dtype=dtype, device="cpu").tolist()
+    return least, most
 
 
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:
@@ -64,12 +73,17 @@ def drop_(params: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
-def _parts(coefs: Tensor) -> tuple[Tensor, ...]:
-    """Factors whose product is the coefficient and which float32 can hold."""
-    if coefs.device.type != "cpu" or _SMALLEST <= coefs.min().item() <= coefs.max().item() <= _LARGEST:
-        return (coefs,)
-    root = coefs.sqrt()
-    return root, root
+def _factor_dtype(values: Tensor) -> torch.dtype:
+    # A float32 factor keeps its digits against half gradients, where a half factor would add an error.
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _leaves_float32(coefs: Tensor) -> bool:
+    """Whether float32 cannot hold some coefficient; on devices, where looking would make the host wait, never."""
+    if coefs.device.type != "cpu" or coefs.numel() == 0:
+        return False
+    low, high = torch.aminmax(coefs)
+    return not _SMALLEST <= low.item() <= high.item() <= _LARGEST
 
 
 def _multiply_(gradients: list[Tensor], factors: Tensor | list[Tensor]) -> None:
@@ -78,12 +92,21 @@ def _multiply_(gradients: list[Tensor], factors: Tensor | list[Tensor]) -> None:
     multiply(gradients, factors)
 
 
+def _real_values(parameter: Tensor, gradient: Tensor) -> Tensor:
+    # As real numbers: a complex product makes inf + nan j of inf times 1.
+    values = _stored_values(parameter, gradient)
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
 def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         if not gradient.is_coalesced():
             # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
             parameter.grad = gradient = gradient.coalesce()
         return gradient.values()
+    if gradient.is_conj() or gradient.is_neg():
+        # Not yet computed, so that nothing can be written.
+        parameter.grad = gradient = gradient.resolve_conj().resolve_neg()
     if not gradient.is_contiguous() and 0 in gradient.stride():
         # Expanded: several entries share their memory and would be scaled several times.
         parameter.grad = gradient = gradient.contiguous()

@@ -224,14 +224,11 @@ def ema(
         shared = warmup_max_norm / (joint + 1e-6) if joint > warmup_max_norm else math.inf
         limits = []
         for scope, size in enumerate(row):
-            if counts[scope] >= warmup:
-                limit = ratio * gammas[scope]
-            else:
-                limit = shared * size if size else math.inf
-            limits.append(limit)
             if size == 0:
+                limits.append(ratio * gammas[scope] if counts[scope] >= warmup else math.inf)
                 continue
-            after = min(size, limit)
+            limits.append(ratio * gammas[scope] if counts[scope] >= warmup else shared * size)
+            after = min(size, limits[-1])
             if counts[scope] == 0:
                 gammas[scope] = after
             elif counts[scope] < warmup:

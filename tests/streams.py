@@ -20,10 +20,10 @@ LEARNERS: Mapping[str, Callable[..., ClipMethod]] = {
         **{"q": 0.6, "window": 12, "include_current": True, **options}
     ),
     "sigma": lambda **options: SigmaClip(**{"k": 1.0, "window": 12, "warmup": 8, **options}),
-    "zclip": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 1.0, **options}),
-    "zclip faithful": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 1.0, "memory": "faithful", **options}),
-    "zclip to the mean": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 1.0, "mode": "mean", **options}),
-    "zclip to the largest": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 1.0, "mode": "max", **options}),
+    "zclip": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 0.5, **options}),
+    "zclip faithful": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 0.5, "memory": "faithful", **options}),
+    "zclip to the mean": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 0.5, "mode": "mean", **options}),
+    "zclip to the largest": lambda **options: ZClip(**{"warmup": 8, "z_threshold": 0.5, "mode": "max", **options}),
     # Without a limit of the joint norm no scope depends on another.
     "ema": lambda **options: EmaClip(**{"warmup": 8, "warmup_max_norm": torch.inf, "beta": 0.9, **options}),
 }
@@ -33,7 +33,7 @@ NOISES = (0.0, 0.02, 0.05, 0.3)
 
 
 def noisy(count: int, scopes: int = 1, *, seed: int = 0, spikes: float = 0.03) -> Array:
-    """Norms, `(count, scopes)`: a level that sinks from 6 to about 2, drifts and is noisy; and spikes of 3 to 30 times.
+    """Norms, `(count, scopes)`: a level that sinks from 6 towards 2, drifts and is noisy; and spikes of 3 to 30 times.
 
     Args:
         count: Steps.
@@ -43,7 +43,7 @@ def noisy(count: int, scopes: int = 1, *, seed: int = 0, spikes: float = 0.03) -
     """
     rng = np.random.default_rng(seed)
     shape = (count, scopes)
-    level = 6.0 * np.exp(-np.arange(count) / count)[:, None]
+    level = 2.0 + 4.0 * np.exp(-np.arange(count) / 400)[:, None]
     drift = np.cumsum(rng.normal(scale=0.01, size=shape), axis=0)
     spike = np.where(rng.random(shape) < spikes, rng.uniform(3, 30, shape), 1.0)
     return level * np.exp(drift + rng.normal(scale=0.2, size=shape)) * spike

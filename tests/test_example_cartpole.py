@@ -75,6 +75,12 @@ def test_loss_is_the_policy_gradient() -> None:
     assert policy.loss(episodes).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_nan_shows_in_the_loss() -> None:
+    policy = make_policy()
+    torch.nn.init.constant_(policy.layers[0].bias, math.nan)
+    assert policy.loss(Game(3, [5]).play(policy)).isnan()
+
+
 def test_episodes_are_those_of_the_environment() -> None:
     """Each, played again alone, passes through the same states and ends at the same step."""
     episodes = Game(6, [2]).play(make_policy())

@@ -144,10 +144,21 @@ class TestNorms:
             assert norms_of(tensor, p).tolist() == pytest.approx(expected(tensor, p), rel=1e-6)
 
     @pytest.mark.parametrize("p", NORM_TYPES)
-    @pytest.mark.parametrize("scale", [1e200, 1e-200])
-    def test_rows_at_the_edge_of_float64(self, scale: float, p: float) -> None:
-        tensor = scale * torch.tensor([[1.0, -2.0], [3.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-        assert norms_of(tensor, p).tolist() == pytest.approx(expected(tensor, p), rel=1e-12)
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_rows_at_the_edges_of_float64(self, exact: bool, p: float) -> None:
+        scales = torch.tensor([1e200, 1.0, 1e-200, 0.0, 1e-300], dtype=torch.float64)
+        tensor = scales[:, None] * torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+        for one in (tensor, *tensor.split(1)):
+            assert norms_of(one, p, exact=exact).tolist() == pytest.approx(expected(one, p), rel=1e-12)
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex128], ids=str)
+    def test_the_slow_norms_are_exact_to_1e12(self, dtype: torch.dtype) -> None:
+        # Equal entries: every addition rounds in the same direction.
+        for tensor in (torch.full((2, 5000), 0.1, dtype=dtype), entries(3, 7).to(dtype), entries(9).to(dtype)):
+            for p in NORM_TYPES:
+                norms = norms_of(tensor, p, exact=True)
+                assert norms.dtype == torch.float64
+                assert norms.tolist() == pytest.approx(expected(tensor, p), rel=1e-12)
 
     @pytest.mark.parametrize("p", NORM_TYPES)
     def test_float16_rows_above_65504_and_below_its_smallest(self, p: float) -> None:

@@ -81,4 +81,6 @@ class NormClip(ClipMethod):
         coef = super().coef(size, limit)
         if not self.may_grow:
             return coef
-        return torch.where((size > 0) & (size < self._floor), self._floor / size, coef)
+        # A norm near the smallest number has no finite factor.
+        grown = (self._floor / size).clamp_max(torch.finfo(size.dtype).max)
+        return torch.where((size > 0) & (size < self._floor), grown, coef)

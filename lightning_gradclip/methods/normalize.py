@@ -59,4 +59,6 @@ class Normalize(ClipMethod):
         return torch.full_like(size, value_at(self.target, step))
 
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
-        return torch.where(size > 0, limit / (size + self.smoothing), 1.0)
+        # A norm near the smallest number has no finite factor.
+        factor = (limit / (size + self.smoothing)).clamp_max(torch.finfo(size.dtype).max)
+        return torch.where(size > 0, factor, 1.0)

@@ -39,7 +39,7 @@ class ValueClip(ClipMethod):
 
     Raises:
         TypeError: If a number is not a number; at the first step, if a parameter is complex.
-        ValueError: If the bounds do not hold zero between them, or are both zero at the same step.
+        ValueError: If the bounds do not hold zero between them, or both reach it.
     """
 
     scopes = ("element",)

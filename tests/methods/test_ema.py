@@ -48,10 +48,11 @@ def run(method: EmaClip, rows: np.ndarray, **options: Any) -> tuple[np.ndarray, 
 
 
 class TestAgainstThePublishedCode:
-    @pytest.mark.parametrize("foreach", [False, True])
-    @pytest.mark.parametrize(("warmup", "most"), [(100, 1.0), (20, 50.0), (1, 1.0)])
-    def test_gammas_and_clipped_norms_are_those_of_adagc(self, foreach: bool, warmup: int, most: float) -> None:
-        rows = noisy(600, 4) * SCALES
+    @pytest.mark.parametrize(
+        ("warmup", "most", "foreach"), [(100, 1.0, False), (100, 1.0, True), (20, 50.0, False), (1, 1.0, True)]
+    )
+    def test_gammas_and_clipped_norms_are_those_of_adagc(self, warmup: int, most: float, foreach: bool) -> None:
+        rows = noisy(500, 4) * SCALES
         theirs = Published(4, warmup=warmup, lambda_abs=most, foreach=foreach)
         expected = [theirs.step(row) for row in rows]
         method = EmaClip(per="parameter", warmup=warmup, warmup_max_norm=most)
@@ -141,7 +142,9 @@ class TestLevelShifts:
         method = EmaClip(per="parameter", warmup_max_norm=math.inf)
         levels = Fed(method, len(factors)).limits(rows) / 1.04
         before, after = levels[299], levels[300:]
-        for scope, (factor, steps) in enumerate(zip(factors, [1800, 1800, 1800, 1800, 3600, 3600, 3600, 3600], strict=True)):
+        for scope, (factor, steps) in enumerate(
+            zip(factors, [1800, 1800, 1800, 1800, 3600, 3600, 3600, 3600], strict=True)
+        ):
             assert after[steps, scope] >= 0.98 * factor * before[scope]
         # Without noise the rise is at its fastest from the first step on, and not faster than said.
         for scope in (0, len(NOISES)):
@@ -151,9 +154,10 @@ class TestLevelShifts:
     def test_a_higher_ratio_and_a_lower_beta_are_faster(self) -> None:
         rows, factors = shifted(50, 60, (4.0,))
         method = EmaClip(per="parameter", warmup=20, warmup_max_norm=math.inf, ratio=1.5, beta=0.9)
-        after = Fed(method, len(factors)).limits(rows)[50:]
-        # In log(4) / log(1.05) steps.
-        assert after[26, 0] < 1.5 * 4.0 * 0.99 < after[40, 0]
+        levels = Fed(method, len(factors)).limits(rows)[50:, 0] / 1.5
+        # While the level is over the limit it rises by (1 - beta) * (ratio - 1) a step.
+        assert levels[20] == pytest.approx(1.05**20, rel=1e-12)
+        assert 0.95 * 4.0 < levels[50] < 4.0
 
 
 class TestArguments:

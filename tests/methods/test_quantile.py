@@ -28,13 +28,11 @@ class TestAgainstAutoclip:
     @pytest.mark.parametrize("per", ["model", "parameter"])
     def test_gradients_are_those_of_its_quantile_clip(self, q: float, window: int, per: str) -> None:
         autoclip = peers.module("autoclip.torch")
-        rows = noisy(600, 3)
+        rows = noisy(500, 3)
         method = QuantileClip(q=q, window=window, per=per)
         ours, theirs = (Fed(one, 3, dtype=torch.float32, size=7) for one in (method, None))
         parameters = [parameter for _, parameter in theirs.pairs]
-        peer = autoclip.QuantileClip(
-            parameters, quantile=q, history_length=window, global_threshold=per == "model"
-        )
+        peer = autoclip.QuantileClip(parameters, quantile=q, history_length=window, global_threshold=per == "model")
         gradients = []
         for row in rows:
             ours.step(row)
@@ -68,7 +66,7 @@ class TestAgainstNumPy:
     def test_the_limit_is_the_quantile_of_the_norms_in_the_window(
         self, q: float, window: int | None, include_current: bool
     ) -> None:
-        rows = noisy(130, 3)
+        rows = noisy(110, 3)
         arguments = {"q": q, "window": window, "include_current": include_current}
         limits = Fed(QuantileClip(**arguments, per="parameter"), 3).limits(rows)
         np.testing.assert_allclose(limits, by_scope(rows, **arguments), rtol=1e-13, atol=0)
@@ -82,7 +80,7 @@ class TestAgainstNumPy:
             assert fed.step(row).limit.item() == pytest.approx(limit, rel=1e-13)
             after += fed.norms()
         np.testing.assert_allclose(after, np.minimum(rows[:, 0], expected), rtol=1e-13, atol=0)
-        assert 0.05 < np.mean(after < rows[:, 0]) < 0.2
+        assert 0.02 < np.mean(after < rows[:, 0]) < 0.2
 
     def test_the_norms_are_of_the_given_p(self) -> None:
         rows = noisy(20, 2)
@@ -160,9 +158,7 @@ class TestArguments:
 
     def test_numbers_become_plain(self) -> None:
         method = QuantileClip(q=1, window=np.int64(5), norm_type=OmegaConf.create([1])[0])
-        assert repr(method) == (
-            "QuantileClip(q=1.0, window=5, include_current=False, per='model', norm_type=1.0)"
-        )
+        assert repr(method) == ("QuantileClip(q=1.0, window=5, include_current=False, per='model', norm_type=1.0)")
         assert (type(method.q), type(method.window), type(method.norm_type)) == (float, int, float)
 
     @pytest.mark.parametrize(

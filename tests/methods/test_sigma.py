@@ -163,11 +163,9 @@ class TestLevelShifts:
 
     def test_steps_dropped_one_after_another_end_in_an_error_that_says_what_to_do(self) -> None:
         fed = Fed(SigmaClip(k=0.0, window=60, warmup=2), action="skip", max_consecutive_skips=3)
-        for _ in range(2):
-            fed.step([1.0])
+        fed.limits([[1.0], [1.0]])
         with pytest.warns(RuntimeWarning, match="dropped optimizer step 2"):
-            for norm in (2.0, 4.0, 8.0):
-                fed.step([norm])
+            fed.limits([[2.0], [4.0], [8.0]])
         with pytest.raises(FloatingPointError) as failure:
             fed.step([16.0])
         assert str(failure.value) == (
@@ -207,7 +205,8 @@ class TestArguments:
             (
                 {"window": 50},
                 ValueError,
-                "warmup=64 exceeds window=50, so that nothing would ever be limited; use a warmup of at most the window",
+                "warmup=64 exceeds window=50, so that nothing would ever be limited; "
+                "use a warmup of at most the window",
             ),
             ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),
             ({"norm_type": -2}, ValueError, "norm_type must be > 0, got -2; the usual norm is norm_type=2"),
