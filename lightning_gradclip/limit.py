@@ -140,7 +140,8 @@ class Limiter:
         looks = on_cpu and not method.may_grow
         if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
             return Outcome(sizes, limits, None, untouched(norm, limits), measured)
-        coefs = torch.where(torch.isfinite(sizes), method.coef(sizes, limits), 1.0)
+        wide = measure.widest(sizes.device)
+        coefs = torch.where(torch.isfinite(sizes), method.coef(sizes.to(wide), limits.to(wide)), 1.0)
         row: Row | Tensor
         if on_cpu and len(sizes) == 1:
             row = pack_one(joint.item(), sizes.item(), limits.item(), coefs.item())

@@ -19,7 +19,6 @@ from lightning_gradclip.select import Selection
 _LONG = 8192
 # Where torch has no vectorised kernel, it sums one after the other.
 _COLUMNS = 512
-_HUGE = 1e25
 
 
 class UnitLimiter(Limiter):
@@ -49,6 +48,13 @@ class UnitLimiter(Limiter):
 
     def _scope_norms(self, norms: Tensor) -> Tensor:
         return norms
+
+    def _root_counts(self, gradients: Gradients, norms: Tensor) -> Tensor:
+        counts = tuple(
+            max(1, one.numel() // max(1, rows)) for one, rows in zip(self._params, self._units.rows, strict=True)
+        )
+        index = self._units.index_on(norms.device)
+        return measure.integers_on(counts, norms.device)[index].to(norms.dtype).sqrt()
 
     def _parameter_norms(self, norms: Tensor) -> Tensor:
         wide = norms.to(measure.widest(norms.device))
@@ -93,9 +99,6 @@ def _norms_of(tensor: Tensor, rows: int, norm_type: float, exact: bool) -> Tenso
     if tensor.device.type != "cpu":
         return norms
     low, high = torch.aminmax(norms)
-    if high > _HUGE:
-        # Divided by so large a norm, a limit would leave float32.
-        norms = norms.double()
     if not measure.is_suspect(low.item(), norm_type) and not measure.is_suspect(high.item(), norm_type):
         return norms
     # Units without any gradient are common, those whose entries vanish when squared are not.

@@ -118,6 +118,12 @@ class TestNorms:
         tensor = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         assert norms_of(tensor).tolist() == pytest.approx(expected(tensor), rel=1e-6)
 
+    @pytest.mark.parametrize("columns", [8000, 9000])
+    def test_rows_across_memory_are_exact_to_1e6(self, columns: int) -> None:
+        # torch adds them up one after the other.
+        tensor = torch.rand(columns, 200, generator=torch.Generator().manual_seed(0)).t()
+        assert norms_of(tensor).tolist() == pytest.approx(expected(tensor), rel=1e-6)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("shape", [(5, 3), (3, 8192), (6, 2, 3, 3), (400, 7), (8192,), (7,)])
     def test_up_to_8192_entries_norms_are_those_of_torch_to_the_bit(
@@ -424,3 +430,15 @@ def test_the_units_of_a_parameter_make_up_its_norm(p: float) -> None:
     norms = unit_norms(tensors, units, p).double()
     joined = measure.grouped_norms(norms, units.index_on(CPU), len(tensors), p)
     assert joined.tolist() == pytest.approx(measure.parameter_norms(tensors, p).tolist(), rel=1e-6)
+
+
+def test_root_mean_squares_are_over_the_entries_of_a_unit() -> None:
+    class PerUnit(ClipMethod):
+        per, statistic = "unit", "rms"
+
+        def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+            return torch.full_like(size, 2.0)
+
+    gradients = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "b": torch.tensor([5.0, 12.0, 0.0])}
+    stats = Clipper(named(gradients), PerUnit()).step()
+    assert stats.sizes.tolist() == pytest.approx([5 / math.sqrt(2), 0.5 / math.sqrt(2), 13 / math.sqrt(3)])

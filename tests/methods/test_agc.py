@@ -262,6 +262,15 @@ class TestAgainstTheReference:
         assert stats.coef.item() == pytest.approx(min(exact.coefs.values()), rel=1e-6)
         assert (stats.coef.item() < 1) == (entry > 1e18)
 
+    @pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3)])
+    def test_a_tiny_limit_keeps_its_digits(self, shape: tuple[int, ...]) -> None:
+        # Limit by size is below what float32 holds, their norms are not.
+        weights, gradients = {"w": torch.zeros(shape)}, {"w": torch.full(shape, 5e18)}
+        clipped, stats = clip(weights, gradients, AGC(clip_factor=1e-10, eps=1e-12))
+        exact = reference.agc(arrays(gradients), arrays(weights), clip_factor=1e-10, eps=1e-12)
+        assert_clipped(clipped, exact.gradients)
+        assert stats.coef.item() == pytest.approx(min(exact.coefs.values()), rel=1e-6)
+
     @pytest.mark.parametrize("columns", [8193, 100_000])
     def test_long_rows_are_exact_to_1e6(self, columns: int) -> None:
         weights = {"w": torch.rand(3, columns, generator=torch.Generator().manual_seed(0))}

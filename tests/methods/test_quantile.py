@@ -103,6 +103,13 @@ class TestLimits:
         assert fed.step([3.0]).limit.item() == 3.0
         assert fed.norms() == [3.0]
 
+    @pytest.mark.parametrize("window", [10, None])
+    def test_a_norm_that_is_not_remembered_is_no_current_norm_either(self, window: int | None) -> None:
+        fed = Fed(QuantileClip(q=0.5, window=window, include_current=True, per="parameter"), 2, action="observe")
+        fed.limits([[1.0, 3.0], [1.0, 5.0]])
+        for nothing in (0.0, None, math.inf, math.nan):
+            assert fed.step([1.0, nothing]).limits[1].item() == 4.0
+
     @pytest.mark.parametrize("norm", [0.1, 1 / 3, 7e-5])
     @pytest.mark.parametrize("q", QUANTILES)
     @pytest.mark.parametrize("window", [11, None])
