@@ -190,7 +190,7 @@ def left(params: Iterable[Parameter]) -> list[float]:
 
 
 def drive(clip: Callable[[list[Tensor]], list[float]], norms: Norms) -> np.ndarray:
-    """The larger reduction of the two gradients in each step: 1 where neither was reduced, NaN where one is not finite."""
+    """The smaller factor of the two gradients in each step; NaN where one is not finite."""
     factors = np.ones(STEPS)
     for step, pair in enumerate(norms):
         after = clip([torch.full((4,), norm / 2, dtype=torch.float32) for norm in pair])

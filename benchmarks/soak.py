@@ -1,6 +1,6 @@
 """A million steps of each adaptive method on a tiny model: memory and time per step must not grow.
 
-    python benchmarks/soak.py [STEPS]
+python benchmarks/soak.py [STEPS]
 """
 
 import resource
@@ -40,7 +40,7 @@ def main() -> None:
         clipper = Clipper([("layer.weight", parameter)], method)
         generator = torch.Generator().manual_seed(0)
         times, memory = [], []
-        for tenth in range(10):
+        for _ in range(10):
             begin = time.process_time()
             for _ in range(steps // 10):
                 parameter.grad = torch.randn(8, generator=generator)

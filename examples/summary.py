@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
@@ -19,15 +18,12 @@ Log = dict[str, list[tuple[int, float]]]  # the (step, value) pairs of each metr
 
 def announce(config: DictConfig, data: LightningDataModule, model: LightningModule, trainer: Trainer) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters())
-    node = config.callbacks.get("gradclip")
-    clipping = HydraConfig.get().runtime.choices.get("callbacks/gradclip") if node else "none"
-    if node and node.get("method"):
-        clipping = f"{clipping}: {described(node.method)}, action={node.action}"
+    clippings = [clipping(node) for node in config.callbacks.values() if node and "method" in node]
     rows = {
         "model": f"{described(config.model)}, {weights:,} weights",
         "data": data.describe(),
         "optimizer": described(config.optimizer),
-        "clipping": clipping,
+        "clipping": "\n".join(clippings) or "none",
         "output": short(trainer.default_root_dir),
     }
     if config.ckpt_path:
@@ -107,6 +103,13 @@ def described(node: DictConfig) -> str:
     """`_target_: torch.optim.SGD, lr: 1.0` as `SGD(lr=1.0)`."""
     values = [f"{key}={value}" for key, value in node.items() if not str(key).startswith("_")]
     return f"{node._target_.rpartition('.')[2]}({', '.join(values)})"
+
+
+def clipping(node: DictConfig) -> str:
+    if node.method is None:
+        return "none, only measured"
+    chosen = "".join(f", {key}={node[key]}" for key in ("include", "exclude") if node[key] not in ("*", []))
+    return f"{described(node.method)}, action={node.action}{chosen}"
 
 
 def listed(paths: Iterable[str | None]) -> str:

@@ -1,8 +1,8 @@
 """All sizes of each scope since the start, with exact quantiles: eight bytes a step and scope.
 
 Sorting everything at each step would cost more and more. The sizes lie in a long sorted row and a short unsorted one
-that is merged into it when it is full: an order statistic of both takes a sort of the short row and a binary search
-in the long one.
+that is merged into it when it is full: an order statistic of both is found by sorting the short row with as many
+neighbours of its place in the long one.
 
 The state is `sorted`, `(S, N)`, and `recent`, `(S, M)` with M < 1024, where +inf stands for no size; and `count`,
 `(S,)`, the sizes in both.
@@ -43,26 +43,21 @@ def pushed(state: State, size: Tensor, active: Tensor) -> State:
 
 def quantile(state: State, q: float) -> Tensor:
     """The q-quantile of all sizes, by linear interpolation, `(S,)`; +inf where there are none."""
-    long, count = state["sorted"], state["count"]
-    recent = state["recent"].sort(dim=1).values
-    # How many of all sizes come before each of the recent ones.
-    ranks = torch.searchsorted(long, recent) + torch.arange(recent.shape[1], device=recent.device)
+    long, recent, count = state["sorted"], state["recent"], state["count"]
     position = q * (count - 1).clamp_min(0).to(recent.dtype)
-    below = position.floor()
-    low, high = (_of_rank(rank.long()[:, None], long, recent, ranks) for rank in (below, position.ceil()))
-    return torch.where(count > 0, ring.interpolated(low, high, position - below), math.inf)
+    rank = position.floor().long()[:, None]
+    # With M recent sizes, the one of rank k in both rows is recent or lies among the places k - M to k of the long row.
+    first = (rank - recent.shape[1]).clamp_min(0)
+    places = first + torch.arange(recent.shape[1] + 2, device=recent.device)
+    ordered = torch.cat((_at(long, places), recent), dim=1).sort(dim=1).values
+    low = ordered.gather(1, rank - first)[:, 0]
+    high = ordered.gather(1, position.ceil().long()[:, None] - first)[:, 0]
+    return torch.where(count > 0, ring.interpolated(low, high, position - position.floor()), math.inf)
 
 
-def _of_rank(rank: Tensor, long: Tensor, recent: Tensor, ranks: Tensor) -> Tensor:
-    """The size that `rank`, `(S, 1)`, others come before, `(S,)`."""
-    # So many of the recent sizes come before it; either the next of them has this rank, or one of the long row.
-    before = (ranks < rank).sum(dim=1, keepdim=True)
-    of_recent = _at(recent, before)
-    return torch.where(_at(ranks, before) == rank, of_recent, _at(long, rank - before))[:, 0]
-
-
-def _at(rows: Tensor, place: Tensor) -> Tensor:
-    """The entries at `place`, `(S, 1)`; anything where there is none."""
-    if rows.shape[1] == 0:
-        return torch.full_like(place, -1).to(rows.dtype)
-    return rows.gather(1, place.clamp(0, rows.shape[1] - 1))
+def _at(rows: Tensor, places: Tensor) -> Tensor:
+    """The entries at these places, `(S, K)`; +inf beyond the end."""
+    width = rows.shape[1]
+    if width == 0:
+        return rows.new_full(places.shape, math.inf)
+    return torch.where(places < width, rows.gather(1, places.clamp_max(width - 1)), math.inf)

@@ -54,7 +54,8 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
     Raises:
         ValueError: If `strict`, rows were learned and no scope is common to both.
     """
-    fresh = method.fresh_state(size)
+    # Copies, since rows are written below and a method may return one tensor under two names.
+    fresh = {name: value.clone() for name, value in method.fresh_state(size).items()}
     known = dict(method.state_dict())
     if old and known and tuple(old) != tuple(new):
         places = {name: row for row, name in enumerate(old)}

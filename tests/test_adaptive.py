@@ -424,6 +424,23 @@ class TestState:
         assert equal(state, copy)
         assert not equal(fed.clipper.state_dict(), copy)
 
+    def test_a_method_that_writes_in_place_reaches_no_checkpoint(self) -> None:
+        class InPlace(EmaClip):
+            def update(self, *arguments: Tensor) -> None:
+                values = dict(self.state)
+                super().update(*arguments)
+                self.state = {name: values[name].copy_(value) for name, value in self.state.items()}
+
+        rows = noisy(20)
+        fed = Fed(InPlace(warmup=2))
+        fed.limits(rows)
+        state = fed.clipper.state_dict()
+        copy = through_a_file(state)
+        resumed = Fed(InPlace(warmup=2))
+        resumed.clipper.load_state_dict(state)
+        assert (fed.limits(rows) == resumed.limits(rows)).all()
+        assert equal(state, copy)
+
 
 # Runs of a trainer are short: so are these warm-ups.
 SHORT: dict[str, Callable[..., ClipMethod]] = {

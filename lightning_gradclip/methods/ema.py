@@ -40,7 +40,8 @@ class EmaClip(ClipMethod):
         ratio: Limit over exponential mean, > 0: below 1 every step is clipped and the level sinks; inf never clips.
         beta: Share of the old mean that is kept at each step, in [0, 1).
         warmup: How many norms the mean starts from, >= 1.
-        warmup_max_norm: Limit of the joint norm of all scopes until then, > 0.
+        warmup_max_norm: Limit of the joint norm of all scopes until then, > 0; inf for none, which action="skip" wants,
+            since it would drop every step above it.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
 
     Raises:

@@ -11,9 +11,9 @@ Deviations: sizes that are not finite, or exactly zero, are never remembered: on
 implementations produce NaN gradients from then on. No 1e-6 is added to the size before dividing. With window=None all
 sizes are kept, 8 bytes a step and scope, and the quantile stays exact at a cost per step that hardly grows.
 
-A lasting shift of the level, by any factor, is followed within `window` steps: after (1 - q) * window of them the
-limit is a norm of the new level (q * window downward), after all of them its q-quantile. With window=None replace
-window by the number of steps so far.
+A lasting shift of the level, by any factor, is followed within `window` steps: after (1 - q) * window of them and one
+more the limit is a norm of the new level (q * window downward), after all of them its q-quantile. With window=None
+replace window by the number of steps so far.
 
 Suggested values: q 0.9 cuts the largest tenth. AutoClip's q 0.10 cuts nine steps of ten, by design: it is closer to
 normalization than to clipping (Seetharaman et al., for source separation with Adam).

@@ -8,9 +8,9 @@ loss and gradient norm): action="skip", k=6, window=128, warmup=63 (the option `
 for the norm.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
-published rule until it has left the window. Sizes are remembered as they were measured, also of steps that were
-clipped or dropped, so that a lasting shift is followed once it fills the window, within `window` steps.
-`max_consecutive_skips` ends a run that is dropped step after step.
+published rule until it has left the window (some versions of OLMo-core leave it out as well). Sizes are remembered
+as they were measured, also of steps that were clipped or dropped, so that a lasting shift is followed once it fills
+the window, within `window` steps. `max_consecutive_skips` ends a run that is dropped step after step.
 
 A spike that is in the window raises m and s itself: with more than one spike in 1 + k**2 sizes the rule stops seeing
 them.

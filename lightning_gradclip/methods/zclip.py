@@ -15,10 +15,11 @@ Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mit
 and "percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off by default.
 
 Deviations: memory="faithful" remembers the reduced limit of a clipped step: after a lasting shift of the level by ten
-standard deviations it clips every later step. memory="winsorized", the default, remembers min(x, mu + z_threshold *
-s) instead, with s at least 1 % of mu, and follows a shift to as much as ten times the level within 100 steps. Sizes
-that are not finite, or exactly zero, are never remembered: one NaN, or one infinite norm during the warm-up, disables
-the published implementation for good. `clip_factor` has no effect on "mean" and "max" there.
+standard deviations it clips every later step ("max" follows it where there is noise). memory="winsorized", the
+default, remembers min(x, mu + z_threshold * s) instead, with s at least 1 % of mu, and follows a shift to as much as
+ten times the level within 100 steps. Sizes that are not finite, or exactly zero, are never remembered: one NaN, or
+one infinite norm during the warm-up, disables the published implementation for good. `clip_factor` has no effect on
+"mean" and "max" there. The 1e-6 is theirs: where norms are far below it, "reciprocal" and "mean" see no spikes.
 
 Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., for language models of 1B parameters at a
 learning rate of 3e-3).
@@ -105,7 +106,7 @@ class ZClip(ClipMethod):
             reduced = self._spike_limit(size)
             kept = torch.where(torch.isfinite(reduced), reduced, size)
         # Running moments of the first sizes, exponential ones of the later: both move by a share of the difference.
-        share = torch.where(warm, 1.0 / (count + 1), 1.0 - self.alpha)
+        share = torch.where(warm, 1.0 / (count + 1).to(mean.dtype), 1.0 - self.alpha)
         difference = torch.where(warm, size, kept) - mean
         spread = share * difference.square() * torch.where(warm, 1.0, 1.0 - share)
         self.state = {
