@@ -118,9 +118,10 @@ class Clipper:
 
         Returns:
             `norm`, `norm_clipped` (means over the finite steps), `norm_max`, `limit` (with one finite limit),
-            `coef_min`, `clip_rate` (share of the steps that changed anything), `skipped` and `nonfinite` (counts since
-            the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`. Without a
-            finite step the norms are left out.
+            `coef_min`, `clip_rate` (share of the steps that changed anything), `clipped` (mean fraction of the scopes
+            over their limit, or of the entries outside the bounds, where there are several), `skipped` and `nonfinite`
+            (counts since the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`.
+            Without a finite step the norms are left out.
         """
         result = self._window.compute()
         self._window.clear()

@@ -31,6 +31,7 @@ class Window:
             "limit": _float64(MeanMetric),
             "coef_min": _float64(MinMetric),
             "clip_rate": _float64(MeanMetric),
+            "clipped": _float64(MeanMetric),
         }
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
@@ -129,6 +130,9 @@ class Window:
         ):
             _update(self._metrics[name], columns[column][counted])
         _update(self._metrics["clip_rate"], columns["changed"])
+        # With one scope it would say the same as the rate.
+        several = torch.isnan(columns["limit"]) | torch.isnan(columns["coef"])
+        _update(self._metrics["clipped"], columns["clipped"][finite & several])
         _update(self._counts["skipped"], columns["skipped"][~overflow])
         _update(self._counts["nonfinite"], (~finite & ~overflow).to(torch.float64))
         _update(self._counts["overflows"], columns["overflow"])

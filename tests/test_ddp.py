@@ -187,6 +187,7 @@ def test_three_callbacks_clip_and_log_their_own_parts(tmp_path: Path) -> None:
             "norm_max": max(row.norm() for row in rows),
             "coef_min": min(coef.min() for coef in coefs),
             "clip_rate": 1.0,
+            "clipped": np.mean([(coef < 1).double().mean() for coef in coefs]),
         }
         bias = {
             "norm": np.mean([one.norm() for one in biases]),
@@ -194,6 +195,7 @@ def test_three_callbacks_clip_and_log_their_own_parts(tmp_path: Path) -> None:
             "norm_max": max(one.norm() for one in biases),
             "limit": bound,
             "clip_rate": np.mean([bool((one.abs() > bound).any()) for one in biases]),
+            "clipped": np.mean([(one.abs() > bound).double().mean() for one in biases]),
         }
         head = aggregate([norm(step, HEAD) for step in window], LIMIT)
         parts = {"body": body | common, "bias": bias | common}

@@ -208,8 +208,9 @@ def test_monitor_has_no_method(application: Path) -> None:
 
 
 def test_none_replaces_an_applications_default(application: Path) -> None:
-    cfg = composed(application, "callbacks/gradclip=none", config_name="train_clipped")
-    assert type(instantiate(cfg.callbacks).gradclip) is Callback
+    for settings in ([], ["+callbacks.gradclip.exclude='head.*'", "+callbacks.gradclip.method.max_norm=2"]):
+        cfg = composed(application, "callbacks/gradclip=none", *settings, config_name="train_clipped")
+        assert type(instantiate(cfg.callbacks).gradclip) is Callback
 
 
 def test_a_schedule_is_one_override(application: Path) -> None:

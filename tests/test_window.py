@@ -321,3 +321,11 @@ def test_every_step_is_counted_once_whatever_happens_in_between(operations: list
             end += operation
     assert window.is_empty == (start == end)
     assert_equal(window.compute(), expected(steps[start:end], steps[:end]))
+
+
+@pytest.mark.parametrize("field", ["limit", "coef"])
+def test_the_share_of_clipped_scopes_is_averaged_where_there_are_several(field: str) -> None:
+    several = GOOD._replace(**{field: math.nan})
+    window = filled([several._replace(clipped=share) for share in (0.25, 0.0, 0.5)] + [BAD._replace(clipped=1.0)])
+    assert window.compute()["clipped"] == 0.25
+    assert "clipped" not in filled([GOOD, GOOD]).compute()

@@ -9,15 +9,16 @@ Normalization", ICML 2021, section 4.1, equation 3; as `timm.utils.agc.adaptive_
 `optax.adaptive_grad_clip` publish it. `eps` floors the norm of the weights, so that units initialised with zeros can
 learn.
 
-Deviations: norms are accumulated in float32 or wider where timm stays in float16 or bfloat16. per="parameter" is ours.
-Nothing is left out by position: exclude the final classifier by its name, exclude="head.*", as the paper recommends.
-(In optax the outputs are on the last dim, as JAX lays them out.)
+Deviations: norms are accumulated in float32 or wider where timm stays in float16 or bfloat16. per="parameter" is
+ours. Nothing is left out by position: exclude the final classifier by its name, exclude="head.*", as the paper
+recommends. (In optax the outputs are on the last dim, as JAX lays them out.)
 
-Transposed convolutions have their outputs on dim 1, where the rule over dim 0 limits by inputs, as timm's does:
-exclude them, or use per="parameter" for them.
+Leave out scalar gains that start at zero (SkipInit) as well: `eps` lets them learn, in steps of clip_factor * eps
+times the learning rate. Transposed convolutions have their outputs on dim 1, where the rule over dim 0 limits by
+inputs, as timm's does: exclude them, or use per="parameter" for them.
 
-Suggested values: clip_factor 0.01 at batch size 4096, larger ones at smaller batches, where the paper tries up to 0.16;
-eps 1e-3 (Brock et al., section 4.1). They train with SGD and Nesterov momentum.
+Suggested values: clip_factor 0.01 at batch size 4096, larger ones at smaller batches, where the paper tries up to
+0.16; eps 1e-3 (Brock et al., section 4.1). They train with SGD and Nesterov momentum.
 """
 
 from dataclasses import dataclass
