@@ -327,7 +327,7 @@ def test_a_methods_file_holds_every_argument_at_its_default(application: Path, n
     assert repr(options_of(node)) == repr(defaults_of(get_class(node._target_)))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in METHOD_OPTIONS])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in (*METHOD_OPTIONS, "none")])
 def test_a_presets_keys_are_arguments(application: Path, name: str) -> None:
     node = composed(application, f"+callbacks/gradclip={name}").callbacks.gradclip
     for part in (node, node.get("method")):
