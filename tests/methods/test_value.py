@@ -346,6 +346,7 @@ class TestStatistics:
             "norm_max": root * 10,
             "limit": 2.0,
             "clip_rate": 2 / 3,
+            "clipped": 1 / 2,
             "skipped": 0.0,
             "nonfinite": 0.0,
             "norm/encoder": 14 / 3,
