@@ -10,6 +10,7 @@ import peers
 import pytest
 import reference
 import torch
+from clipping import arrays, random
 from gradients import Witness, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,14 +36,6 @@ COUNT = 6 + 1 + 5 + 4 + 3 + 7 + 1 + 4 + 1
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 Tensors = dict[str, Tensor]
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: reference.array(tensor).copy() for name, tensor in tensors.items()}
 
 
 def weights_of_the_model(dtype: torch.dtype = torch.float32) -> Tensors:

@@ -8,33 +8,16 @@ import numpy as np
 import pytest
 import reference
 import torch
-from gradients import SCOPES, SHAPES, Witness, named, normal, two_groups
+from clipping import arrays, assert_clipped, clip, random
+from gradients import SCOPES, SHAPES, Witness, named, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lightning_gradclip import Clipper, NormClip, StepStats
+from lightning_gradclip import Clipper, NormClip
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
-
-
-def clip(gradients: Mapping[str, Tensor | None], method: NormClip) -> tuple[dict[str, Tensor], StepStats]:
-    """Clip copies of these gradients as one model of two parameter groups."""
-    pairs = named({name: None if one is None else one.clone() for name, one in gradients.items()})
-    stats = Clipper(pairs, method, optimizer=two_groups(pairs) if len(pairs) > 1 else None).step()
-    return {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}, stats
-
-
-def arrays(gradients: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: reference.array(gradient) for name, gradient in gradients.items()}
-
-
-def assert_clipped(clipped: Mapping[str, Tensor], exact: Mapping[str, np.ndarray], rtol: float = 1e-6) -> None:
-    assert clipped.keys() == exact.keys()
-    for name, expected in exact.items():
-        # Below 1e-38 float32 has fixed steps of 1.4e-45.
-        np.testing.assert_allclose(reference.array(clipped[name]), expected, rtol=rtol, atol=1.5e-45, err_msg=name)
 
 
 def model(*arrays_: Tensor) -> dict[str, Tensor]:
@@ -44,10 +27,6 @@ def model(*arrays_: Tensor) -> dict[str, Tensor]:
 
 def one_scope(gradients: Mapping[str, Tensor]) -> dict[str, str]:
     return dict.fromkeys(gradients, "model")
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class TestAgainstTorch:

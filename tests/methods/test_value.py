@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from clipping import random
 from gradients import SHAPES, Witness, named, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,10 +45,6 @@ def clip(
 
 def within(low: float, high: float) -> ValueClip:
     return ValueClip(min_value=low, max_value=high)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def above(value: Tensor) -> Tensor:
