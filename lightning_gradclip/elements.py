@@ -50,10 +50,9 @@ class ElementLimiter(Limiter):
 
     def excess(self, outcome: Outcome) -> str:
         """Which share of the entries is outside, in words."""
-        if not isinstance(outcome, Clamping):
+        if not isinstance(outcome, Clamping) or isinstance(outcome.row, Tensor):
             return super().excess(outcome)
-        share = outcome.row[4] if isinstance(outcome.row, Tensor) else outcome.row.clipped
-        return f"{float(share):.3g} of the entries lie outside [{outcome.low:g}, {outcome.high:g}]"
+        return f"{outcome.row.clipped:.3g} of the entries lie outside [{outcome.low:g}, {outcome.high:g}]"
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         p = self._method.norm_type
