@@ -1,7 +1,7 @@
 """Clipping by value: every entry of the gradient is clamped to fixed bounds.
 
-Rule: g becomes min(max(g, min_value), max_value), entry by entry. Without `min_value` the bounds are [-c, c] with
-c = max_value: zero-centered gradient clipping.
+Rule: g becomes min(max(g, min_value), max_value), entry by entry. Without `min_value` the bounds are [-c, c] with c =
+max_value: zero-centered gradient clipping.
 
 Source: `torch.nn.utils.clip_grad_value_` and `torch.clamp`, which this method equals bit for bit; T. Mikolov,
 "Statistical Language Models Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, clipped the
@@ -14,8 +14,8 @@ The direction changes: large entries are cut, small ones stay. That is not clipp
 all entries alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and [1, -0.167] there.
 
 Suggested values: 15 for recurrent networks whose loss is summed over time (Mikolov), 0.01 to 1 where it is averaged.
-The median of `gradclip/norm` divided by the square root of the number of weights is the size of a typical entry; a
-bound of ten times that cuts outliers only.
+The median of `gradclip/norm` (with log_every_n_steps=1) divided by the square root of the number of weights is the
+size of a typical entry; a bound of ten times that cuts outliers only.
 """
 
 from dataclasses import dataclass
