@@ -214,7 +214,7 @@ def cell(factors: np.ndarray, usual: np.ndarray, event: int) -> str:
     steps = np.nonzero(share_of_others(factors, event + 1) <= share_of_others(usual, event + 1) + 0.1)[0]
     recovered = "never" if not len(steps) else "at once" if steps[0] == 0 else f"{steps[0]:,} steps"
     if halved < 0.25:
-        recovered = "–"  # nothing is reduced any more
+        recovered = "disabled"
     return f"{halved:.0%} / {(after[~spikes] < 0.999).mean():.0%} / {recovered}"
 
 
