@@ -53,15 +53,17 @@ def interpolated(low: Tensor, high: Tensor, share: Tensor | float) -> Tensor:
 
 def mean_and_std(state: State) -> tuple[Tensor, Tensor]:
     """Mean and sample standard deviation (over n - 1) of what is stored, `(S,)` each; at least two must be stored."""
-    ring, count = state["ring"], state["count"]
+    ring = state["ring"]
     window = ring.shape[1]
-    if count.device.type == "cpu" and bool((count >= window).all()):
-        std, mean = torch.std_mean(ring, dim=1)
-        return mean, std
-    stored = count.clamp_max(window)
-    filled = torch.arange(window, device=ring.device) < stored[:, None]
-    mean = torch.where(filled, ring, 0.0).sum(1) / stored.clamp_min(1)
-    deviation = torch.where(filled, ring - mean[:, None], 0.0)
+    stored = state["count"].clamp_max(window)
+    if stored.device.type != "cpu" or bool((stored < window).any()):
+        filled = torch.arange(window, device=ring.device) < stored[:, None]
+        mean = torch.where(filled, ring, 0.0).sum(1) / stored.clamp_min(1)
+        deviation = torch.where(filled, ring - mean[:, None], 0.0)
+    else:
+        # The same sums without the mask: a run that moves between devices keeps its limits to the bit.
+        mean = ring.sum(1) / window
+        deviation = ring - mean[:, None]
     return mean, (deviation.square().sum(1) / (stored - 1).clamp_min(1)).sqrt()
 
 

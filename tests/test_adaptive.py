@@ -160,9 +160,9 @@ class TestMemory:
             before = fed.memory
             stats = fed.step([row[0], row[1] if is_active else nothing, row[2]])
             if is_active:
-                # To the last bits, which depend on how many sizes the other scopes have.
+                # To the bit, however many sizes the other scopes have.
                 expected = alone.step(row[1:2]).limits
-                torch.testing.assert_close(stats.limits[1:2], expected, rtol=1e-12, atol=0)
+                torch.testing.assert_close(stats.limits[1:2], expected, rtol=0, atol=0)
             elif before:
                 assert all(equal(_kept(one[1]), _kept(before[name][1])) for name, one in fed.memory.items())
         assert fed.memory["count"].tolist() == [60, active.sum(), 60] if "count" in fed.memory else False
@@ -178,7 +178,7 @@ class TestMemory:
                 fed.step([row[0], 0.0 if i % 2 else None])
                 continue
             stats = fed.step(row)
-            torch.testing.assert_close(stats.limits[1:], alone.step(row[1:]).limits, rtol=1e-12, atol=0)
+            torch.testing.assert_close(stats.limits[1:], alone.step(row[1:]).limits, rtol=0, atol=0)
             shares.append(fed.norms()[1] / row[1])
         assert len(shares) == 40
         assert fed.memory["count"].tolist() == [800, 40]
@@ -320,8 +320,8 @@ class TestState:
         large.clipper.load_state_dict(through_a_file(small.clipper.state_dict()))
         # No warning is due.
         limits = large.limits(rows[30:, [2, 1, 0]])
-        np.testing.assert_allclose(limits[:, 2:0:-1], small.limits(rows[30:, :2]), rtol=1e-12)
-        np.testing.assert_allclose(limits[:, :1], alone.limits(rows[30:, 2:]), rtol=1e-12)
+        np.testing.assert_allclose(limits[:, 2:0:-1], small.limits(rows[30:, :2]), rtol=0)
+        np.testing.assert_allclose(limits[:, :1], alone.limits(rows[30:, 2:]), rtol=0)
         assert large.memory["count"].tolist() == [30, 60, 60]
 
     @every_learner
@@ -336,7 +336,7 @@ class TestState:
         assert [str(one.message) for one in record] == [
             "dropped the learned clipping state of a.weight, c.weight: not in this run"
         ]
-        np.testing.assert_allclose(limits, large.limits(rows[20:])[:, 1:2], rtol=1e-12)
+        np.testing.assert_allclose(limits, large.limits(rows[20:])[:, 1:2], rtol=0)
 
     @every_learner
     def test_no_scope_in_common_is_an_error(self, make: Callable[..., ClipMethod]) -> None:
