@@ -18,6 +18,7 @@ from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.nonfinite import Skips
 from lightning_gradclip.policy import Policy, check_options
 from lightning_gradclip.select import Names, Selection
+from lightning_gradclip.single import SingleLimiter
 from lightning_gradclip.stats import Row, StepStats
 from lightning_gradclip.units import UnitLimiter
 from lightning_gradclip.window import Window
@@ -69,6 +70,8 @@ class Clipper:
         check_options(measure_per=measure_per, fold=fold)
         own = Unlimited() if method is None else copy.deepcopy(method)
         kind = _LIMITERS.get(own.per, Limiter)
+        if own.takes_floats and own.per == "model":
+            kind = SingleLimiter
         self._limiter = kind(own, measure_per, on_host=self._policy.decides_on_host)
         self._optimizer = optimizer
         self._names = Names(

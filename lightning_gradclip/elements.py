@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gradclip import measure, reduce, write
+from lightning_gradclip import pnorm, reduce, write
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
+from lightning_gradclip.measure import Meter
 from lightning_gradclip.select import Selection
 from lightning_gradclip.stats import pack_elements
 
@@ -16,7 +17,7 @@ _CHUNK, _CHUNK_ON_DEVICE = 2**18, 2**24
 _ROUNDING = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Clamping(Outcome):
     """One step of a method with bounds.
 
@@ -57,14 +58,14 @@ class ElementLimiter(Limiter):
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         p = self._method.norm_type
         norms = reduce.global_sizes(local_norms) / scale
-        joint = measure.joint_norm(norms, p)
+        joint = pnorm.joint_norm(norms, p)
         limits = self._method.limit(joint.view(1), None, step)
         low, high = self._method.bounds(step)
         touched, counts, clamped = self._outside(gradients, local_norms, low * float(scale), high * float(scale))
         after = joint
         if touched:
-            places = measure.integers_on(touched, norms.device)
-            after = measure.joint_norm(norms.index_copy(0, places, clamped / scale), p)
+            places = pnorm.integers_on(touched, norms.device)
+            after = pnorm.joint_norm(norms.index_copy(0, places, clamped / scale), p)
         total = max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
         row = pack_elements(joint, after, high, counts.sum().to(joint.dtype) / total)
         measured = self._measured_norms(gradients, norms)
@@ -86,7 +87,7 @@ class ElementLimiter(Limiter):
         counts, clamped = [norms.new_zeros(0)], [norms.new_zeros(0)]
         touched: list[int] = []
         for i in places:
-            values = measure.dense_values(gradients[i])  # pyright: ignore[reportArgumentType]
+            values = pnorm.dense_values(gradients[i])  # pyright: ignore[reportArgumentType]
             least, most = write.stored_bounds(values.dtype, low, high)
             if on_cpu and _is_within(values, least, most):
                 continue
@@ -106,10 +107,10 @@ def _is_within(values: Tensor, low: float, high: float) -> bool:
 
 def _compared(values: Tensor, low: float, high: float, norm_type: float) -> tuple[Tensor, Tensor]:
     """The number of entries outside the bounds, and the norm when they are clamped, both 0-d."""
-    flat = measure.in_memory_order(values).reshape(-1)
+    flat = pnorm.in_memory_order(values).reshape(-1)
     size = _CHUNK if values.device.type == "cpu" else _CHUNK_ON_DEVICE
     counts, norms = [], []
     for chunk in flat.split(size):
         counts.append(((chunk < low) | (chunk > high)).sum())
-        norms.append(measure.parameter_norms([chunk.clamp(low, high)], norm_type))
-    return torch.stack(counts).sum(), measure.joint_norm(torch.cat(norms), norm_type)
+        norms.append(Meter(norm_type).each([chunk.clamp(low, high)]))
+    return torch.stack(counts).sum(), pnorm.joint_norm(torch.cat(norms), norm_type)

@@ -8,30 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradclip import learned, measure, reduce, write
+from lightning_gradclip import learned, measure, pnorm, reduce, write
+from lightning_gradclip.measure import Meter
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.scopes import Scopes, Units
 from lightning_gradclip.select import Selection
-from lightning_gradclip.stats import Row, pack, pack_one, untouched
+from lightning_gradclip.stats import Row, pack, untouched
 
 Gradients = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Outcome:
     """One step before anything is done about it.
 
     Attributes:
-        sizes: Statistic of each scope, `(S,)`.
-        limits: Limit of each scope, `(S,)`.
-        coefs: Coefficient of each scope, `(S,)`, exactly 1 where nothing is to be done; None: all are 1.
+        sizes: Statistic of each scope, `(S,)`, or the float of the only one.
+        limits: Limit of each scope, `(S,)`, or the float of the only one.
+        coefs: Coefficient of each scope, `(S,)`, exactly 1 where nothing is to be done, or the float of the only one;
+            None: all are 1.
         row: The packed row of a step that goes ahead; on the host where the host decides.
         measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
     """
 
-    sizes: Tensor
-    limits: Tensor
-    coefs: Tensor | None
+    sizes: Any
+    limits: Any
+    coefs: Tensor | float | None
     row: Tensor | Row
     measured: Tensor | None
 
@@ -49,7 +51,9 @@ class Limiter:
 
     def __init__(self, method: ClipMethod, measure_per: str | None, *, on_host: bool) -> None:
         self._method = method
+        self._adaptive = method.adaptive
         self._measure_per = measure_per
+        self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
         self._on_host = on_host
         self._rows_of: tuple[str, ...] = ()
         self._strict = False
@@ -71,13 +75,13 @@ class Limiter:
         """
         outcome = self._outcome(gradients, self._norms(gradients), step, scale)
         row, device = outcome.row, outcome.sizes.device
-        if device.type != "cpu" and isinstance(row, Row) and measure.is_suspect(row.norm, self._method.norm_type):
+        if device.type != "cpu" and isinstance(row, Row) and pnorm.is_suspect(row.norm, self._method.norm_type):
             outcome = self._outcome(gradients, self._norms(gradients, exact=True), step, scale)
         return outcome
 
     def write(self, outcome: Outcome) -> None:
         """Scale the gradients as the coefficients say."""
-        if outcome.coefs is None:
+        if not isinstance(outcome.coefs, Tensor):
             return
         coefs = outcome.coefs.unbind()
         index = self._scopes.index
@@ -97,7 +101,7 @@ class Limiter:
 
     def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
         """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
-        if whole is False or not self._method.adaptive:
+        if whole is False or not self._adaptive:
             return
         active = torch.isfinite(outcome.sizes) & (outcome.sizes > 0)
         self._method.update(outcome.sizes, outcome.limits, active if whole is True else active & whole)
@@ -119,34 +123,30 @@ class Limiter:
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         method, p = self._method, self._method.norm_type
-        norms = reduce.global_sizes(local_norms)
+        sizes_of = reduce.global_sizes(local_norms)
         if scale != 1.0:
-            norms = norms / scale
-        scope_norms = self._scope_norms(norms)
+            sizes_of = sizes_of / scale
+        scope_norms = self._scope_norms(sizes_of)
         sizes = scope_norms
         if method.statistic == "rms":
-            sizes = scope_norms / self._root_counts(gradients, norms)
-        if method.adaptive:
+            sizes = scope_norms / self._root_counts(gradients, sizes_of)
+        if self._adaptive:
             self._arrange(sizes)
         weights = self._weights() if method.needs_weight else None
         limits = method.limit(sizes, weights, step)
-        if method.adaptive:
+        if self._adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
             limits = torch.where(limits > 0, limits, math.inf)
-        measured = self._measured_norms(gradients, norms)
-        joint = measure.joint_norm(norms, p) if len(sizes) != 1 else scope_norms[0]
+        measured = self._measured_norms(gradients, sizes_of)
+        joint = pnorm.joint_norm(sizes_of, p) if len(sizes) != 1 else scope_norms[0]
         on_cpu = sizes.device.type == "cpu"
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = on_cpu and not method.may_grow
         if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
             return Outcome(sizes, limits, None, untouched(norm, limits), measured)
-        wide = measure.widest(sizes.device)
+        wide = pnorm.widest(sizes.device)
         coefs = torch.where(torch.isfinite(sizes), method.coef(sizes.to(wide), limits.to(wide)), 1.0)
-        row: Row | Tensor
-        if on_cpu and len(sizes) == 1:
-            row = pack_one(joint.item(), sizes.item(), limits.item(), coefs.item())
-        else:
-            row = self._on_host_if_asked(pack(joint, scope_norms, sizes, limits, coefs, p))
+        row = self._on_host_if_asked(pack(joint, scope_norms, sizes, limits, coefs, p))
         return Outcome(sizes, limits, coefs, row, measured)
 
     def _scopes_of(self, selection: Selection) -> Scopes | Units:
@@ -155,28 +155,29 @@ class Limiter:
 
     def _norms(self, tensors: Gradients, *, exact: bool = False) -> Tensor:
         """Local norms of what the scopes are made of: here, of whole parameters, `(P,)`."""
-        measured = measure.exact_norms if exact else measure.parameter_norms
-        return measured(tensors, self._method.norm_type)
+        if exact:
+            return measure.exact_norms(tensors, self._method.norm_type)
+        return (self._weighing if tensors is self._params else self._gradients).each(tensors)
 
-    def _scope_norms(self, norms: Tensor) -> Tensor:
-        return measure.scope_norms(norms, self._scopes, self._method.norm_type)
+    def _scope_norms(self, local: Tensor) -> Tensor:
+        return pnorm.scope_norms(local, self._scopes, self._method.norm_type)
 
-    def _parameter_norms(self, norms: Tensor) -> Tensor:
-        return norms
+    def _parameter_norms(self, local: Tensor) -> Tensor:
+        return local
 
-    def _measured_norms(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
+    def _measured_norms(self, gradients: Gradients, local: Tensor) -> Tensor | None:
         if self.measured is None:
             return None
         members = self.measured.members
         absent = [scope for scope, ones in enumerate(members) if all(gradients[i] is None for i in ones)]
-        result = measure.scope_norms(self._parameter_norms(norms), self.measured, self._method.norm_type)
-        return result.index_fill(0, measure.integers_on(tuple(absent), result.device), math.nan) if absent else result
+        result = pnorm.scope_norms(self._parameter_norms(local), self.measured, self._method.norm_type)
+        return result.index_fill(0, pnorm.integers_on(tuple(absent), result.device), math.nan) if absent else result
 
-    def _root_counts(self, gradients: Gradients, norms: Tensor) -> Tensor:
+    def _root_counts(self, gradients: Gradients, local: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
         counts = [0 if gradient is None else gradient.numel() for gradient in gradients]
         sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self._scopes.members)
-        return measure.integers_on(sums, norms.device).to(norms.dtype).sqrt()
+        return pnorm.integers_on(sums, local.device).to(local.dtype).sqrt()
 
     def _weights(self) -> Tensor:
         """The norm of the weights of each scope, `(S,)`, whether they have a gradient or not."""

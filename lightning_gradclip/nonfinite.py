@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradclip.measure import dense_values
+from lightning_gradclip.pnorm import dense_values
 
 _NAMED = 5
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradclip import measure
+from lightning_gradclip import pnorm
 from lightning_gradclip.scopes import Scopes, Units
 
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     overflow: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StepStats:
     """What clipping did in one step. Nothing here waits for the device until it is converted to a number.
 
@@ -36,15 +36,25 @@ class StepStats:
 
     Attributes:
         row: The packed row: host floats on CPU, otherwise a float64 tensor on the device.
-        sizes: What was measured in each scope, before clipping, `(S,)`.
-        limits: What was allowed in each scope, `(S,)`; +inf where there is no limit.
+        size: What was measured in each scope, `(S,)`, or the float of the only one.
+        allowed: What was allowed in each scope, `(S,)`, or the float of the only one.
         places: The scopes.
     """
 
     row: Row | Tensor
-    sizes: Tensor
-    limits: Tensor
+    size: Tensor | float
+    allowed: Tensor | float
     places: Scopes | Units
+
+    @property
+    def sizes(self) -> Tensor:
+        """What was measured in each scope, before clipping, `(S,)`."""
+        return _rows(self.size)
+
+    @property
+    def limits(self) -> Tensor:
+        """What was allowed in each scope, `(S,)`; +inf where there is no limit."""
+        return _rows(self.allowed)
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -107,7 +117,7 @@ def pack(
     over = (sizes > limits) & torch.isfinite(sizes)
     values = {
         "norm": norm,
-        "norm_clipped": measure.joint_norm(scope_norms * coefs, norm_type),
+        "norm_clipped": pnorm.joint_norm(scope_norms * coefs, norm_type),
         "limit": limits[0] if limits.numel() == 1 else one * math.nan,
         "coef": coefs.amin() if some else one,
         "clipped": over.to(norm.dtype).mean() if some else zero,
@@ -136,23 +146,11 @@ def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tenso
     return torch.stack([values[name] for name in Row._fields])
 
 
-def pack_one(norm: float, size: float, limit: float, coef: float) -> Row:
-    """The same as `pack` for one scope whose numbers are on the host, where arithmetic is cheaper than tensors."""
-    finite = math.isfinite(norm)
-    return Row(
-        norm=norm,
-        norm_clipped=norm * coef,
-        limit=limit,
-        coef=coef,
-        clipped=float(size > limit and finite),
-        finite=float(finite),
-        skipped=0.0,
-        changed=float(coef != 1.0),
-        overflow=0.0,
-    )
-
-
 def untouched(norm: float, limits: Tensor) -> Row:
     """The row of a step on the host in which every scope is finite and within its limit."""
     limit = limits.item() if limits.numel() == 1 else math.nan
     return Row(norm, norm, limit, coef=1.0, clipped=0.0, finite=1.0, skipped=0.0, changed=0.0, overflow=0.0)
+
+
+def _rows(numbers: Tensor | float) -> Tensor:
+    return numbers if isinstance(numbers, Tensor) else torch.tensor([numbers], dtype=torch.float64, device="cpu")

@@ -1,13 +1,16 @@
 """The only writes to gradients."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradclip import foreach
+
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+# Gradients that a float32 factor loses nothing against.
+_FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
@@ -25,9 +28,21 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
             for values, factor in zip(gradients, factors, strict=True):
                 values.copy_(values.double() * factor.double())
         elif joined.ndim == 0:
-            _multiply_(gradients, joined.to(device, dtype))
+            foreach.multiply_(gradients, joined.to(device, dtype))
         else:
-            _multiply_(gradients, list(joined.to(device, dtype).unbind()))
+            foreach.multiply_(gradients, joined.to(device, dtype).unbind())
+
+
+def scale_all_(params: Sequence[Tensor], coef: float) -> None:
+    """Multiply all gradients, on CPU, by one coefficient."""
+    gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
+    dtypes = {gradient.dtype for gradient in gradients}
+    plain = len(dtypes) == 1 and dtypes <= _FLOAT32 and _SMALLEST <= coef <= _LARGEST
+    # Contiguous gradients share no memory and are not sparse.
+    if plain and all(map(Tensor.is_contiguous, gradients)):
+        foreach.scale_(gradients, coef)
+    else:
+        scale_(params, [torch.tensor(coef, dtype=torch.float64, device="cpu")] * len(params))
 
 
 def scale_units_(parameter: Tensor, coefs: Tensor) -> None:
@@ -84,12 +99,6 @@ def _leaves_float32(coefs: Tensor) -> bool:
         return False
     low, high = torch.aminmax(coefs)
     return not _SMALLEST <= low.item() <= high.item() <= _LARGEST
-
-
-def _multiply_(gradients: list[Tensor], factors: Tensor | list[Tensor]) -> None:
-    # One call for all gradients; torch offers it under a private name only.
-    multiply: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    multiply(gradients, factors)
 
 
 def _real_values(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class TestQuantile:
         self, monkeypatch: pytest.MonkeyPatch, recent: int, rates: list[float], ties: bool
     ) -> None:
         # Merges as often as that reach all cases in few steps.
-        monkeypatch.setattr(archive, "_RECENT", recent)
+        monkeypatch.setattr(archive, "RECENT", recent)
         rows = noisy(70, 4)
         rows = np.round(rows) if ties else rows
         present = np.random.default_rng(2).random(rows.shape) < rates
@@ -52,8 +52,8 @@ class TestQuantile:
             assert [sorted(filter(math.isfinite, one)) for one in held.tolist()] == list(map(sorted, lists))
 
     def test_it_is_that_of_numpy_where_1024_are_merged(self) -> None:
-        count = 3 * archive._RECENT + 2
-        assert archive._RECENT == 1024
+        count = 3 * archive.RECENT + 2
+        assert archive.RECENT == 1024
         rows = noisy(count, 2)
         state = empty(2)
         looked = {1024 * times + off for times in (1, 2, 3) for off in (-2, -1, 0, 1, 2)} | {3, 1500}
@@ -66,7 +66,7 @@ class TestQuantile:
         assert (state["sorted"].shape, state["recent"].shape) == ((2, 3 * 1024), (2, 2))
 
     def test_rows_are_as_long_as_the_longest_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(archive, "_RECENT", 10)
+        monkeypatch.setattr(archive, "RECENT", 10)
         state = empty(2)
         for i in range(40):
             state = pushed(state, [1.0 + i, 2.0], i % 2 == 0, i % 4 == 0)

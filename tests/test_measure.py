@@ -1,7 +1,7 @@
 """Gradients to sizes, against float64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradclip import measure
+from lightning_gradclip import measure, pnorm
+from lightning_gradclip.measure import Meter
 from lightning_gradclip.scopes import Scopes
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
@@ -24,6 +25,19 @@ def entries(count: int, seed: int = 0, spread: float = 0.2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randn(count, generator=generator).sign()
     return signs * torch.exp(spread * torch.randn(count, generator=generator))
+
+
+def parameter_norms(tensors: Sequence[Tensor | None], p: float) -> Tensor:
+    """What a meter says of each tensor, the same when it has seen them before; and what it says of all together."""
+    meter = Meter(p)
+    norms = meter.each(tensors)
+    for _ in range(2):
+        assert torch.equal(meter.each(tensors), norms) or not torch.isfinite(norms).all()
+        joint = meter.joint(tensors)
+        assert joint is not None
+        expected = pnorm.joint_norm(norms, p).item()
+        assert joint == pytest.approx(expected, rel=1e-6) or (not math.isfinite(expected) and not math.isfinite(joint))
+    return norms
 
 
 def sparse_embedding(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +77,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_a_norm_is_exact_to_1e6(count: int, dtype: torch.dtype, p: float) -> None:
     tensor = entries(count, spread=2.0).to(dtype)
-    (norm,) = measure.parameter_norms([tensor], p)
+    (norm,) = parameter_norms([tensor], p)
     assert norm.dtype == torch.float64
     rtol = 1e-12 if dtype == torch.float64 else 1e-6
     assert norm.item() == pytest.approx(reference.p_norm(reference.array(tensor), p), rel=rtol)
@@ -74,7 +88,7 @@ def test_a_norm_is_exact_to_1e6(count: int, dtype: torch.dtype, p: float) -> Non
 def test_the_norm_of_equal_entries_is_exact_to_1e6(count: int, p: float) -> None:
     # Every addition rounds in the same direction: the worst case of a running float32 sum.
     tensor = torch.full((count,), 0.1)
-    (norm,) = measure.parameter_norms([tensor], p)
+    (norm,) = parameter_norms([tensor], p)
     assert norm.item() == pytest.approx(reference.p_norm(reference.array(tensor), p), rel=1e-6)
 
 
@@ -82,7 +96,7 @@ def test_the_norm_of_equal_entries_is_exact_to_1e6(count: int, p: float) -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_does_not_matter(layout: str, p: float) -> None:
     tensor = LAYOUTS[layout]()
-    (norm,) = measure.parameter_norms([tensor], p)
+    (norm,) = parameter_norms([tensor], p)
     # About which entries count; how exactly they are added is tested above.
     assert norm.item() == pytest.approx(reference.p_norm(reference.array(tensor), p), rel=1e-5)
 
@@ -91,7 +105,7 @@ def test_the_layout_does_not_matter(layout: str, p: float) -> None:
 def test_twenty_million_entries_are_exact_to_1e6(p: float) -> None:
     # torch's float32 sum reads 0.5 % low here.
     tensor = torch.rand(20_000_000, generator=torch.Generator().manual_seed(0))
-    (norm,) = measure.parameter_norms([tensor], p)
+    (norm,) = parameter_norms([tensor], p)
     exact = torch.linalg.vector_norm(tensor, p, dtype=torch.float64).item()
     assert norm.item() == pytest.approx(exact, rel=1e-6)
 
@@ -105,7 +119,7 @@ def test_a_large_tensor_that_is_not_contiguous_is_exact_to_1e6(layout: str) -> N
         "expanded": lambda: torch.rand(2000, generator=generator).view(-1, 1).expand(2000, 2000),
     }[layout]()
     exact = torch.linalg.vector_norm(tensor, 2.0, dtype=torch.float64).item()
-    assert measure.parameter_norms([tensor], 2.0).item() == pytest.approx(exact, rel=1e-6)
+    assert parameter_norms([tensor], 2.0).item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -127,7 +141,7 @@ def test_a_large_tensor_that_is_not_contiguous_is_exact_to_1e6(layout: str) -> N
 )
 def test_norms_beyond_the_range_of_float32(values: list[float], p: float) -> None:
     tensor = torch.tensor(values)
-    (norm,) = measure.parameter_norms([tensor], p)
+    (norm,) = parameter_norms([tensor], p)
     assert norm.item() == pytest.approx(reference.p_norm(reference.array(tensor), p), rel=1e-6)
 
 
@@ -136,7 +150,7 @@ def test_a_float16_norm_above_65504_and_one_below_its_smallest(p: float) -> None
     for scale in (2e4, 1e-7):
         tensor = (entries(500) * scale).half()
         assert torch.isfinite(tensor).all()
-        (norm,) = measure.parameter_norms([tensor], p)
+        (norm,) = parameter_norms([tensor], p)
         assert norm.item() == pytest.approx(reference.p_norm(reference.array(tensor), p), rel=1e-5)
 
 
@@ -144,24 +158,24 @@ def test_a_float16_norm_above_65504_and_one_below_its_smallest(p: float) -> None
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 def test_norms_at_the_edge_of_float64(scale: float, p: float) -> None:
     tensors = [torch.full((3,), scale, dtype=torch.float64), torch.full((2,), 2 * scale, dtype=torch.float64)]
-    norms = measure.parameter_norms(tensors, p)
+    norms = parameter_norms(tensors, p)
     expected = reference.joint_norm([reference.array(one) for one in tensors], p)
-    assert measure.joint_norm(norms, p).item() == pytest.approx(expected, rel=1e-12)
-    assert measure.scope_norms(norms, Scopes(("a",), (0, 0)), p).tolist() == pytest.approx([expected], rel=1e-12)
+    assert pnorm.joint_norm(norms, p).item() == pytest.approx(expected, rel=1e-12)
+    assert pnorm.scope_norms(norms, Scopes(("a",), (0, 0)), p).tolist() == pytest.approx([expected], rel=1e-12)
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
 def test_an_absent_gradient_counts_as_zero_in_its_place(p: float) -> None:
     tensors = [None, torch.tensor([2.0]), None, torch.zeros(3), torch.tensor([-3.0])]
-    assert measure.parameter_norms(tensors, p).tolist() == [0, 2, 0, 0, 3]
+    assert parameter_norms(tensors, p).tolist() == [0, 2, 0, 0, 3]
     assert measure.exact_norms(tensors, p).tolist() == [0, 2, 0, 0, 3]
 
 
-@pytest.mark.parametrize("norms_of", [measure.parameter_norms, measure.exact_norms])
+@pytest.mark.parametrize("norms_of", [parameter_norms, measure.exact_norms])
 def test_without_tensors_there_is_nothing_to_measure(norms_of: Callable[..., Tensor]) -> None:
     assert norms_of([], 2.0).tolist() == []
     assert norms_of([None, None], 2.0).tolist() == [0, 0]
-    assert measure.joint_norm(norms_of([], 2.0), 2.0).item() == 0
+    assert pnorm.joint_norm(norms_of([], 2.0), 2.0).item() == 0
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -173,10 +187,10 @@ def test_a_non_finite_entry_shows_in_its_tensor_and_nowhere_else(
 ) -> None:
     spoilt = torch.ones(count, dtype=dtype)
     spoilt[count // 2] = bad
-    norms = measure.parameter_norms([torch.ones(3), spoilt, torch.ones(3)], p)
+    norms = parameter_norms([torch.ones(3), spoilt, torch.ones(3)], p)
     assert torch.isfinite(norms).tolist() == [True, False, True]
-    assert not torch.isfinite(measure.joint_norm(norms, p))
-    by_scope = measure.scope_norms(norms, Scopes(("a", "b"), (0, 1, 0)), p)
+    assert not torch.isfinite(pnorm.joint_norm(norms, p))
+    by_scope = pnorm.scope_norms(norms, Scopes(("a", "b"), (0, 1, 0)), p)
     assert torch.isfinite(by_scope).tolist() == [True, False]
 
 
@@ -195,7 +209,7 @@ def test_measuring_writes_nothing(layout: str) -> None:
     tensor = LAYOUTS[layout]()
     before, version = tensor.detach().clone(), tensor._version
     for p in NORM_TYPES:
-        measure.parameter_norms([tensor], p)
+        parameter_norms([tensor], p)
         measure.exact_norms([tensor], p)
     assert torch.equal(tensor, before)
     assert tensor._version == version
@@ -203,17 +217,17 @@ def test_measuring_writes_nothing(layout: str) -> None:
 
 def test_measuring_leaves_a_sparse_gradient_as_it_is() -> None:
     tensor = sparse_embedding()
-    measure.parameter_norms([tensor], 2.0)
+    parameter_norms([tensor], 2.0)
     assert not tensor.is_coalesced()
     assert tensor._values().tolist() == [[1, 2], [3, -4], [-5, 6]]
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
 def test_a_norm_inside_its_range_is_not_suspect_and_one_outside_is(p: float) -> None:
-    assert not measure.is_suspect(1.0, p)
+    assert not pnorm.is_suspect(1.0, p)
     for norm in (math.inf, math.nan):
-        assert measure.is_suspect(norm, p)
-    assert measure.is_suspect(0.0, p) == (p != math.inf)
+        assert pnorm.is_suspect(norm, p)
+    assert pnorm.is_suspect(0.0, p) == (p != math.inf)
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
@@ -221,21 +235,21 @@ def test_a_norm_inside_its_range_is_not_suspect_and_one_outside_is(p: float) -> 
 def test_norms_are_joined_by_scope(scale: float, p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(count, generator=generator) * scale for count in (3, 50, 1, 7, 20)]
-    norms = measure.parameter_norms(tensors, p)
+    norms = parameter_norms(tensors, p)
     arrays = [reference.array(one) for one in tensors]
     scopes = Scopes.of(["a", "b", "a", "c", "b"])
     expected = [reference.joint_norm([arrays[i] for i in ones], p) for ones in ((0, 2), (1, 4), (3,))]
-    assert measure.scope_norms(norms, scopes, p).tolist() == pytest.approx(expected, rel=1e-6)
+    assert pnorm.scope_norms(norms, scopes, p).tolist() == pytest.approx(expected, rel=1e-6)
     whole = reference.joint_norm(arrays, p)
-    assert measure.joint_norm(norms, p).item() == pytest.approx(whole, rel=1e-6)
-    assert measure.scope_norms(norms, Scopes.of(["all"] * 5), p).tolist() == pytest.approx([whole], rel=1e-6)
+    assert pnorm.joint_norm(norms, p).item() == pytest.approx(whole, rel=1e-6)
+    assert pnorm.scope_norms(norms, Scopes.of(["all"] * 5), p).tolist() == pytest.approx([whole], rel=1e-6)
 
 
 @pytest.mark.parametrize("p", NORM_TYPES)
 def test_scopes_of_zeros_are_zero(p: float) -> None:
     norms = torch.zeros(3, dtype=torch.float64)
     for scopes in (Scopes.of(["a", "b", "a"]), Scopes.of(["a", "b", "c"]), Scopes.of(["a"] * 3)):
-        assert measure.scope_norms(norms, scopes, p).tolist() == [0.0] * len(scopes.names)
+        assert pnorm.scope_norms(norms, scopes, p).tolist() == [0.0] * len(scopes.names)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -254,7 +268,7 @@ def test_tensors_of_any_scale_together(p: float, parts: list[tuple[int, float, t
         (torch.randn(count, generator=generator, dtype=torch.float64) * 10**exponent).to(dtype)
         for count, exponent, dtype in parts
     ]
-    norms = measure.parameter_norms(tensors, p)
+    norms = parameter_norms(tensors, p)
     arrays = [reference.array(one) for one in tensors]
     np.testing.assert_allclose(norms.numpy(), [reference.p_norm(one, p) for one in arrays], rtol=1e-6, atol=0)
-    np.testing.assert_allclose(measure.joint_norm(norms, p).item(), reference.joint_norm(arrays, p), rtol=1e-6, atol=0)
+    np.testing.assert_allclose(pnorm.joint_norm(norms, p).item(), reference.joint_norm(arrays, p), rtol=1e-6, atol=0)

@@ -1,7 +1,7 @@
 """Output units as scopes: which they are, their norms against float64, and a method over them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_gradclip import ClipMethod, Clipper, measure
+from lightning_gradclip import ClipMethod, Clipper, pnorm
+from lightning_gradclip.measure import Meter
 from lightning_gradclip.scopes import Units
-from lightning_gradclip.units import unit_norms
+from lightning_gradclip.unit_norms import UnitMeter
 
 CPU = torch.device("cpu")
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
@@ -31,6 +32,15 @@ def entries(*shape: int, seed: int = 0, spread: float = 0.2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randn(shape, generator=generator).sign()
     return signs * torch.exp(spread * torch.randn(shape, generator=generator))
+
+
+def unit_norms(tensors: Sequence[Tensor | None], units: Units, p: float, *, exact: bool = False) -> Tensor:
+    """What a meter says, the same when it has seen the tensors before."""
+    meter = UnitMeter(units, p)
+    found = meter.exact(tensors) if exact else meter.norms(tensors)
+    again = meter.exact(tensors) if exact else meter.norms(tensors)
+    assert torch.equal(found.nan_to_num(-1.0), again.nan_to_num(-1.0))
+    return found
 
 
 def units_of(*tensors: Tensor) -> Units:
@@ -428,8 +438,8 @@ def test_the_units_of_a_parameter_make_up_its_norm(p: float) -> None:
     tensors = [entries(7, 5), entries(4), entries(2, 3, 3), entries(1, 9)]
     units = units_of(*tensors)
     norms = unit_norms(tensors, units, p).double()
-    joined = measure.grouped_norms(norms, units.index_on(CPU), len(tensors), p)
-    assert joined.tolist() == pytest.approx(measure.parameter_norms(tensors, p).tolist(), rel=1e-6)
+    joined = pnorm.grouped_norms(norms, units.index_on(CPU), len(tensors), p)
+    assert joined.tolist() == pytest.approx(Meter(p).each(tensors).tolist(), rel=1e-6)
 
 
 def test_root_mean_squares_are_over_the_entries_of_a_unit() -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
+from lightning_gradclip.arithmetic import Number, Truth, divide, minimum, together, where
 from lightning_gradclip.methods.method import ClipMethod
 
 # That of the clipping by norm which the warm-up is.
@@ -50,6 +51,7 @@ class EmaClip(ClipMethod):
     """
 
     epsilon = 0.0
+    on_floats = True
 
     ratio: float = 1.04
     beta: float = 0.99
@@ -71,15 +73,15 @@ class EmaClip(ClipMethod):
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         return {"gamma": torch.zeros_like(size), "count": torch.zeros_like(size, dtype=torch.long)}
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         learned = self.ratio * self.state["gamma"]
-        joint = torch.linalg.vector_norm(size)
-        shared = torch.where(joint > self.warmup_max_norm, self.warmup_max_norm / (joint + _EPSILON), math.inf)
-        return torch.where(self.state["count"] < self.warmup, size * shared, learned)
+        joint = together(size)
+        shared = where(joint > self.warmup_max_norm, divide(self.warmup_max_norm, joint + _EPSILON), math.inf)
+        return where(self.state["count"] < self.warmup, size * shared, learned)
 
-    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
         gamma, count = self.state["gamma"], self.state["count"]
-        clipped = torch.minimum(size, limit)
-        least = torch.where(count > 0, torch.minimum(gamma, clipped), clipped)
-        new = torch.where(count < self.warmup, least, self.beta * gamma + (1.0 - self.beta) * clipped)
-        self.state = {"gamma": torch.where(active, new, gamma), "count": count + active}
+        clipped = minimum(size, limit)
+        least = where(count > 0, minimum(gamma, clipped), clipped)
+        new = where(count < self.warmup, least, self.beta * gamma + (1.0 - self.beta) * clipped)
+        self.state = {"gamma": where(active, new, gamma), "count": count + active}

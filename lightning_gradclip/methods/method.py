@@ -3,10 +3,17 @@
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from lightning_gradclip.arithmetic import Number, divide, full, where
+
+
+def _row(value: float) -> Tensor:
+    """A learned number as a tensor `(1,)`: counts stay whole."""
+    return torch.tensor([value], dtype=torch.long if isinstance(value, int) else torch.float64, device="cpu")
 
 
 class ClipMethod:
@@ -26,7 +33,10 @@ class ClipMethod:
         may_grow: Whether a gradient may be scaled up.
         needs_weight: Whether `limit` wants the sizes of the weights.
         epsilon: What `coef` adds to the size before dividing by it.
-        state: Learned values, each of shape `(S, ...)`; see `fresh_state`.
+        on_floats: Whether `limit`, `coef` and `update` as this class defines them take a plain float, and True for
+            `active`, where one scope is on CPU: it saves time there, and is for rules written with
+            `lightning_gradclip.arithmetic`.
+        state: Learned values, each of shape `(S, ...)`; see `fresh_state`. Floats and ints for a rule on floats.
     """
 
     per: str = "model"
@@ -35,9 +45,10 @@ class ClipMethod:
     may_grow: bool = False
     scopes: ClassVar[tuple[str, ...]] = ("model", "group", "layer", "parameter")
     needs_weight: ClassVar[bool] = False
+    on_floats: ClassVar[bool] = False
     # That of torch.nn.utils.clip_grad_norm_. It matters where sizes are as small: rules that follow them have none.
     epsilon: float = 1e-6
-    state: Mapping[str, Tensor] = MappingProxyType({})
+    state: Mapping[str, Any] = MappingProxyType({})
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
         """How large each scope may be.
@@ -54,7 +65,7 @@ class ClipMethod:
 
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
         """The factor for each scope, `(S,)`: limit / (size + epsilon) above the limit and exactly 1 within."""
-        return torch.where(size > limit, limit / (size + self.epsilon), 1.0)
+        return where(size > limit, divide(limit, size + self.epsilon), 1.0)
 
     def bounds(self, step: int) -> tuple[float, float]:
         """The smallest and largest entry allowed, for per="element" only, where it takes the place of `coef`."""
@@ -80,11 +91,25 @@ class ClipMethod:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Learned values by name, each of shape `(S, ...)`."""
-        return dict(self.state)
+        return {name: value if isinstance(value, Tensor) else _row(value) for name, value in self.state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over learned values whose rows are already in the order of this run's scopes."""
         self.state = dict(state)
+
+    def to_floats(self) -> None:
+        """Turn the learned values of a single scope from tensors `(1,)` into plain numbers."""
+        self.state = {name: value.item() for name, value in self.state.items()}
+
+    @property
+    def takes_floats(self) -> bool:
+        """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
+        for kind in type(self).__mro__:
+            if "on_floats" in vars(kind):
+                return self.on_floats
+            if {"limit", "coef", "update", "fresh_state"} & vars(kind).keys():
+                return False
+        return False
 
     @property
     def adaptive(self) -> bool:
@@ -95,5 +120,7 @@ class ClipMethod:
 class Unlimited(ClipMethod):
     """Measures and limits nothing: what `method=None` stands for."""
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
-        return torch.full_like(size, math.inf)
+    on_floats = True
+
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
+        return full(size, math.inf)

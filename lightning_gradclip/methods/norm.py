@@ -16,10 +16,10 @@ it near the average norm of an unclipped run; `method=None` measures that).
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
+from lightning_gradclip.arithmetic import Number, divide, full, largest, minimum, where
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.schedule import Scheduled, greatest, least, scheduled, value_at
 
@@ -43,6 +43,8 @@ class NormClip(ClipMethod):
         TypeError: If a number is not a number.
         ValueError: If a number is out of range, a word is unknown, or `min_norm` exceeds `max_norm`.
     """
+
+    on_floats = True
 
     max_norm: Scheduled = 1.0
     norm_type: float = 2.0
@@ -72,15 +74,15 @@ class NormClip(ClipMethod):
             self.epsilon = 0.0
         self._floor = 0.0
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         # `coef` is not told the step, so the floor of this step is noted here.
         self._floor = value_at(self.min_norm, step)
-        return torch.full_like(size, value_at(self.max_norm, step))
+        return full(size, value_at(self.max_norm, step))
 
-    def coef(self, size: Tensor, limit: Tensor) -> Tensor:
+    def coef(self, size: Number, limit: Number) -> Number:
         coef = super().coef(size, limit)
         if not self.may_grow:
             return coef
         # A norm near the smallest number has no finite factor.
-        grown = (self._floor / size).clamp_max(torch.finfo(size.dtype).max)
-        return torch.where((size > 0) & (size < self._floor), grown, coef)
+        grown = minimum(divide(self._floor, size), largest(size))
+        return where((size > 0) & (size < self._floor), grown, coef)

@@ -17,10 +17,10 @@ length, their noise included.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
+from lightning_gradclip.arithmetic import Number, divide, full, largest, minimum, where
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.schedule import Scheduled, scheduled, value_at
 
@@ -43,6 +43,7 @@ class Normalize(ClipMethod):
     """
 
     may_grow = True
+    on_floats = True
 
     target: Scheduled = 1.0
     smoothing: float = 1e-6
@@ -55,10 +56,10 @@ class Normalize(ClipMethod):
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
         checks.choice("per", self.per, self.scopes)
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
-        return torch.full_like(size, value_at(self.target, step))
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
+        return full(size, value_at(self.target, step))
 
-    def coef(self, size: Tensor, limit: Tensor) -> Tensor:
+    def coef(self, size: Number, limit: Number) -> Number:
         # A norm near the smallest number has no finite factor.
-        factor = (limit / (size + self.smoothing)).clamp_max(torch.finfo(size.dtype).max)
-        return torch.where(size > 0, factor, 1.0)
+        factor = minimum(divide(limit, size + self.smoothing), largest(size))
+        return where(size > 0, factor, 1.0)

@@ -20,11 +20,12 @@ normalization than to clipping (Seetharaman et al., for source separation with A
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradclip import archive, checks, ring
+from lightning_gradclip.arithmetic import Number, Truth
 from lightning_gradclip.methods.method import ClipMethod
 
 
@@ -46,6 +47,7 @@ class QuantileClip(ClipMethod):
     """
 
     epsilon = 0.0
+    on_floats = True
 
     q: float = 0.9
     window: int | None = 1000
@@ -63,18 +65,21 @@ class QuantileClip(ClipMethod):
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         if self.window is None:
-            return archive.fresh(size, like=dict(self.state))
+            return archive.fresh(size, like=self.state_dict())
         return ring.fresh(size, self.window)
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
-        state = dict(self.state)
-        if self.include_current:
-            state = self._pushed(size, torch.isfinite(size) & (size > 0))
-        return archive.quantile(state, self.q) if self.window is None else ring.quantile(state, self.q)
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
+        return self._memory.quantile(self.state, self.q, size if self.include_current else None)
 
-    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
-        self.state = self._pushed(size, active)
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
+        self.state = self._memory.pushed(self.state, size, active)
 
-    def _pushed(self, size: Tensor, active: Tensor) -> dict[str, Tensor]:
-        memory = archive if self.window is None else ring
-        return memory.pushed(dict(self.state), size, active)
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._memory.rows(self.state)
+
+    def to_floats(self) -> None:
+        self.state = self._memory.in_floats(self.state)
+
+    @property
+    def _memory(self) -> Any:
+        return archive if self.window is None else ring

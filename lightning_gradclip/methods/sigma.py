@@ -21,10 +21,10 @@ Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_gradclip import checks, ring
+from lightning_gradclip.arithmetic import Number, Truth, where
 from lightning_gradclip.methods.method import ClipMethod
 
 
@@ -45,6 +45,7 @@ class SigmaClip(ClipMethod):
     """
 
     epsilon = 0.0
+    on_floats = True
 
     k: float = 3.0
     window: int = 128
@@ -67,9 +68,15 @@ class SigmaClip(ClipMethod):
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         return ring.fresh(size, self.window)
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
-        mean, std = ring.mean_and_std(dict(self.state))
-        return torch.where(self.state["count"] >= self.warmup, mean + self.k * std, math.inf)
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
+        mean, std = ring.mean_and_std(self.state)
+        return where(self.state["count"] >= self.warmup, mean + self.k * std, math.inf)
 
-    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
-        self.state = ring.pushed(dict(self.state), size, active)
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
+        self.state = ring.pushed(self.state, size, active)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return ring.rows(self.state)
+
+    def to_floats(self) -> None:
+        self.state = ring.in_floats(self.state)

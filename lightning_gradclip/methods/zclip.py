@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
+from lightning_gradclip.arithmetic import Number, Truth, divide, maximum, minimum, real, sqrt, where
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.schedule import Scheduled, scheduled, value_at
 
@@ -65,6 +66,7 @@ class ZClip(ClipMethod):
     """
 
     epsilon = 0.0
+    on_floats = True
 
     z_threshold: float = 2.5
     alpha: float = 0.97
@@ -92,39 +94,39 @@ class ZClip(ClipMethod):
         zeros = torch.zeros_like(size)
         return {"mean": zeros, "var": zeros, "count": torch.zeros_like(size, dtype=torch.long)}
 
-    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+    def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         limit = self._spike_limit(size)
-        return limit if self.max_norm is None else limit.clamp_max(value_at(self.max_norm, step))
+        return limit if self.max_norm is None else minimum(limit, value_at(self.max_norm, step))
 
-    def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
         mean, var, count = self.state["mean"], self.state["var"], self.state["count"]
         warm = count < self.warmup
         if self.memory == "winsorized":
-            spread = torch.maximum(var.sqrt(), _LEAST_SPREAD * mean)
-            kept = torch.minimum(size, mean + self.z_threshold * spread)
+            spread = maximum(sqrt(var), _LEAST_SPREAD * mean)
+            kept = minimum(size, mean + self.z_threshold * spread)
         else:
             reduced = self._spike_limit(size)
-            kept = torch.where(torch.isfinite(reduced), reduced, size)
+            kept = where(reduced < math.inf, reduced, size)
         # Running moments of the first sizes, exponential ones of the later: both move by a share of the difference.
-        share = torch.where(warm, 1.0 / (count + 1).to(mean.dtype), 1.0 - self.alpha)
-        difference = torch.where(warm, size, kept) - mean
-        spread = share * difference.square() * torch.where(warm, 1.0, 1.0 - share)
+        share = where(warm, divide(1.0, real(count + 1, mean)), 1.0 - self.alpha)
+        difference = where(warm, size, kept) - mean
+        spread = share * (difference * difference) * where(warm, 1.0, 1.0 - share)
         self.state = {
-            "mean": torch.where(active, mean + share * difference, mean),
-            "var": torch.where(active, (1.0 - share) * (var + spread), var),
+            "mean": where(active, mean + share * difference, mean),
+            "var": where(active, (1.0 - share) * (var + spread), var),
             "count": count + active,
         }
 
-    def _spike_limit(self, size: Tensor) -> Tensor:
+    def _spike_limit(self, size: Number) -> Number:
         """What spikes are reduced to, `(S,)`; +inf where there is none."""
-        mean, std = self.state["mean"], self.state["var"].sqrt()
-        z = (size - mean) / (std + _EPSILON)
+        mean, std = self.state["mean"], sqrt(self.state["var"])
+        z = divide(size - mean, std + _EPSILON)
         highest = mean + self.z_threshold * std
         if self.mode == "reciprocal":
-            is_spike, reduced = z > self.z_threshold, mean + self.z_threshold * std * (self.z_threshold / z)
+            is_spike, reduced = z > self.z_threshold, mean + self.z_threshold * std * divide(self.z_threshold, z)
         elif self.mode == "mean":
             is_spike, reduced = z > self.z_threshold, mean
         else:
             is_spike, reduced = size > highest, highest
         is_spike = is_spike & (self.state["count"] >= self.warmup)
-        return torch.where(is_spike, self.clip_factor * reduced, math.inf)
+        return where(is_spike, self.clip_factor * reduced, math.inf)

@@ -1,0 +1,278 @@
+"""How to read a list of CPU gradients fast: decided once for the list, then the same few calls at every step.
+
+What costs is, for large tensors, one pass over the memory; for small ones, the calls. So
+
+- large tensors are read where they lie, as rows of 512 entries, whose norms torch computes on all threads;
+- small ones are copied together, a mebibyte at a time, so that the copy stays in the cache and a call serves many;
+- the few that are neither dense nor real are measured one by one.
+
+Rows also keep the result exact: one float32 sum over 1e8 entries reads 1 % low, while sums of 512, even of equal
+entries, whose rounding errors all agree, stay within 3e-7; the norms of rows are joined in float64.
+
+torch has vectorised kernels for norms of float32, float64 and bfloat16 in their own dtype only. A bfloat16 result has
+three digits: over the thousands of rows of a large tensor these errors average out, to 1e-5 from 2**20 entries on.
+Smaller half tensors are converted first.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import foreach, pnorm
+
+ROW = 512
+# Up to here copying a tensor costs less than a call for it.
+_SMALL = 2**14
+# Entries copied or converted at once.
+_BLOCK = 2**18
+# From here on rows of a bfloat16 tensor are many enough.
+_MANY_ROWS = 2**20
+# So many tensors of one shape are worth a batch of their own.
+_ALIKE = 4
+
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class OutdatedError(Exception):
+    """A gradient is not what it was when the plan was made."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Small tensors that are copied together.
+
+    Attributes:
+        places: Their places in the list.
+        dtype: The dtype of each.
+        shape: The shape of each, where all have the same; else None.
+        alike: Whether all have the same shape but for dim 0, so that they can be concatenated as they are.
+    """
+
+    places: tuple[int, ...]
+    dtype: torch.dtype
+    shape: torch.Size | None
+    alike: bool
+
+    @cached_property
+    def _chosen(self) -> Callable[[Sequence[Tensor | None]], Any]:
+        return itemgetter(*self.places)
+
+    def gathered(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """A copy of the entries, `(N,)` or, of one shape, `(len(places), n)`; one tensor is viewed where it lies.
+
+        Raises:
+            OutdatedError: If some gradient is not as it was.
+        """
+        chosen = self._chosen(gradients)
+        try:
+            if len(self.places) == 1:
+                joined = chosen
+            elif self.shape is not None:
+                joined = torch.stack(chosen)
+            else:
+                joined = torch.cat(chosen) if self.alike else foreach.flatten(chosen)
+        except (RuntimeError, TypeError) as error:  # one is sparse, on another device, of another shape, or absent
+            raise OutdatedError from error
+        # A single odd one among them shows in what they make together.
+        if joined.dtype is not self.dtype or joined.layout is not torch.strided or joined.device.type != "cpu":
+            raise OutdatedError
+        if self.shape is None:
+            return joined if joined.dim() == 1 else joined.reshape(-1)
+        if joined.shape[len(self.places) > 1 :] != self.shape:
+            raise OutdatedError
+        return joined.reshape(len(self.places), -1)
+
+
+class Plan:
+    """The order in which to read one list of gradients.
+
+    Args:
+        gradients: Gradients on CPU or None.
+        norm_type: The p of the norm.
+        apart: Whether the norm of each tensor is wanted, or only that of all together.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], norm_type: float, *, apart: bool) -> None:
+        self._norm_type = norm_type
+        self._length = len(gradients)
+        self._absent = [place for place, gradient in enumerate(gradients) if gradient is None]
+        self._large: list[tuple[int, torch.dtype, int]] = []
+        self._others: list[int] = []
+        small: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        self.count = 0
+        for place, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            self.count += gradient.numel()
+            if gradient.layout is not torch.strided or gradient.dtype not in _REAL:
+                self._others.append(place)
+            elif gradient.numel() < _SMALL:
+                shape = gradient.shape if apart else gradient.shape[1:]
+                small.setdefault((gradient.dtype, shape), []).append(place)
+            else:
+                self._large.append((place, gradient.dtype, gradient.numel()))
+        self._batches = list(_batches(small, gradients, apart=apart))
+        self._tiny = len(self._batches) == 1 and 0 < self.count <= ROW and not (self._large or self._others)
+        self._tiny &= pnorm.accumulator(self._batches[0].dtype, norm_type) is None if self._batches else False
+        self._tensors = [place for batch in self._batches for place in batch.places]
+        self._tensors += [place for place, _, _ in self._large] + self._others
+
+    def fits(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether the same gradients are present; what each of them is shows when it is read."""
+        if len(gradients) != self._length:
+            return False
+        if not self._absent:
+            return type(None) not in set(map(type, gradients))
+        return [place for place, gradient in enumerate(gradients) if gradient is None] == self._absent
+
+    def joint(self, gradients: Sequence[Tensor | None]) -> float:
+        """The norm of all entries together.
+
+        Raises:
+            OutdatedError: If some gradient is not as it was.
+        """
+        if self._tiny:
+            # One piece: what follows would cost more than measuring.
+            return torch.linalg.vector_norm(self._batches[0].gathered(gradients), self._norm_type).item()
+        pieces: list[Tensor] = []
+        for batch in self._batches:
+            _append_rows(pieces, batch.gathered(gradients).view(-1), self._norm_type)
+        for place, dtype, numel in self._large:
+            _append_rows(pieces, _flat(gradients[place], dtype, numel), self._norm_type)
+        pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
+        return joined(pieces, self._norm_type).item()
+
+    def each(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The norm of each gradient, `(len(gradients),)`, float64, 0 for absent ones.
+
+        Raises:
+            OutdatedError: If some gradient is not as it was.
+        """
+        pieces = [_norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
+        for place, dtype, numel in self._large:
+            rows: list[Tensor] = []
+            _append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
+            pieces.append(joined(rows, self._norm_type).view(1))
+        pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
+        result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
+        if not pieces:
+            return result
+        found = torch.cat(pieces)
+        return result.index_copy_(0, pnorm.integers_on(tuple(self._tensors), result.device), found)
+
+
+def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
+    """The joint norm of 1-d tensors of norms, 0-d, float64."""
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    if len(pieces) == 1 and len(pieces[0]) == 1:
+        return pieces[0][0].double()
+    return pnorm.joint_norm(pieces[0] if len(pieces) == 1 else torch.cat(pieces), norm_type)
+
+
+def _batches(
+    small: dict[tuple[torch.dtype, torch.Size], list[int]], gradients: Sequence[Tensor | None], *, apart: bool
+) -> Iterator[Batch]:
+    """Batches of no more than `_BLOCK` entries; small groups are thrown together where that does no harm."""
+    rest: dict[torch.dtype, list[int]] = {}
+    for (dtype, shape), places in small.items():
+        if apart:
+            size = max(1, _BLOCK // max(1, math.prod(shape)))
+            for begin in range(0, len(places), size):
+                yield Batch(tuple(places[begin : begin + size]), dtype, shape, alike=True)
+        elif len(places) < _ALIKE:
+            rest.setdefault(dtype, []).extend(places)
+        else:
+            yield from (Batch(some, dtype, None, alike=True) for some in _blocks(places, gradients))
+    for dtype, places in rest.items():
+        yield from (Batch(some, dtype, None, alike=False) for some in _blocks(places, gradients))
+
+
+def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterator[tuple[int, ...]]:
+    block: list[int] = []
+    entries = 0
+    for place in places:
+        gradient = gradients[place]
+        numel = 0 if gradient is None else gradient.numel()
+        if block and entries + numel > _BLOCK:
+            yield tuple(block)
+            block, entries = [], 0
+        block.append(place)
+        entries += numel
+    yield tuple(block)
+
+
+def _flat(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
+    """The entries of a large gradient in the order of the memory, `(numel,)`."""
+    if gradient is None or gradient.dtype is not dtype or gradient.numel() != numel:
+        raise OutdatedError
+    if gradient.layout is not torch.strided or gradient.device.type != "cpu":
+        raise OutdatedError
+    value = pnorm.in_memory_order(gradient)
+    # Strided or expanded, which autograd does not produce: a copy.
+    return value.view(-1) if value.is_contiguous() else value.reshape(-1)
+
+
+def _append_rows(pieces: list[Tensor], flat: Tensor, norm_type: float) -> None:
+    """Append norms of pieces of the entries, 1-d, float32 or wider."""
+    numel = flat.numel()
+    if numel == 0:
+        return
+    if norm_type == math.inf:
+        low, high = torch.aminmax(flat)
+        pieces.append(torch.maximum(-low, high).double().view(1))
+        return
+    wide = pnorm.accumulator(flat.dtype, norm_type)
+    if wide is torch.float32:
+        if flat.dtype is torch.float16 or numel < _MANY_ROWS:
+            for block in flat.split(_BLOCK):
+                _append_rows(pieces, block.float(), norm_type)
+            return
+        wide = None
+    rest = numel % ROW
+    if rest < numel:
+        rows = pnorm.vector_norm(flat[: numel - rest].view(-1, ROW), norm_type, dim=1, dtype=wide)
+        pieces.append(rows.float() if rows.dtype is torch.bfloat16 else rows)
+    if rest:
+        last = pnorm.vector_norm(flat[numel - rest :] if rest < numel else flat, norm_type, dtype=wide)
+        pieces.append(last.double().view(1) if last.dtype is torch.bfloat16 else last.view(1))
+
+
+def _norms_along(matrix: Tensor, norm_type: float) -> Tensor:
+    """The norm of each row of a batch, `(k,)`, float64."""
+    columns = matrix.shape[1]
+    if columns == 0:
+        return torch.zeros(len(matrix), dtype=torch.float64, device="cpu")
+    if norm_type == math.inf:
+        low, high = torch.aminmax(matrix, dim=1)
+        return torch.maximum(-low, high).double()
+    wide = pnorm.accumulator(matrix.dtype, norm_type)
+    if wide is torch.float32:
+        matrix, wide = matrix.float(), None
+    if columns <= ROW:
+        return pnorm.vector_norm(matrix, norm_type, dim=1, dtype=wide).double()
+    whole = columns // ROW * ROW
+    pieces = pnorm.vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2, dtype=wide)
+    if whole < columns:
+        rest = pnorm.vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)
+        pieces = torch.cat((pieces, rest[:, None]), dim=1)
+    return pnorm.vector_norm(pieces.double(), norm_type, dim=1)
+
+
+def _norm_of(gradient: Tensor | None, norm_type: float) -> Tensor:
+    """The norm of a gradient that is sparse, complex or of an unusual dtype, `(1,)`, float64."""
+    if gradient is None or gradient.device.type != "cpu":
+        raise OutdatedError
+    value = pnorm.dense_values(gradient)
+    if value.dtype in _REAL:
+        rows: list[Tensor] = []
+        _append_rows(rows, value.reshape(-1), norm_type)
+        return joined(rows, norm_type).view(1)
+    magnitudes = value.abs() if value.numel() else torch.zeros(1)
+    return pnorm.vector_norm(magnitudes, norm_type, dtype=torch.float64).view(1)

@@ -1,0 +1,202 @@
+"""Norms of output units: slices along dim 0, measured together where tensors are small and alike.
+
+Norms of units stay in the dtype that they are accumulated in, float32 for most models: there are up to a million of
+them, and the published rules over units are defined in it. In float32 and float64 they are those of torch, bit for bit,
+up to 8192 entries.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip import pnorm
+from lightning_gradclip.scopes import Units
+
+Tensors = Sequence[Tensor | None]
+
+# A float32 sum over more entries loses the sixth digit.
+_LONG = 8192
+# Where torch has no vectorised kernel, it sums one after the other.
+_COLUMNS = 512
+# Up to here copying a tensor costs less than a call for it.
+_SMALL = 2**14
+# Entries copied or converted at once.
+_BLOCK = 2**18
+
+
+class UnitMeter:
+    """Measures the units of the same parameters at every step.
+
+    Args:
+        units: What the units are.
+        norm_type: The p of the norm, in (0, inf].
+    """
+
+    def __init__(self, units: Units, norm_type: float) -> None:
+        self._units = units
+        self._norm_type = norm_type
+        self._batches: list[tuple[int, ...]] = []
+        self._order: Tensor | None = None
+        self._kinds: list[tuple[torch.Size, torch.dtype] | None] = []
+
+    def norms(self, tensors: Tensors) -> Tensor:
+        """The p-norm of each unit.
+
+        Args:
+            tensors: Gradients or weights, one for each parameter of the units; None counts as zeros.
+
+        Returns:
+            Norms, `(S,)`, local, float32 or wider, on the device of the first tensor.
+        """
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return torch.zeros(self._units.count, dtype=torch.float64)
+        device = present[0].device
+        kinds = [_kind(tensor) for tensor in tensors]
+        if kinds != self._kinds:
+            self._arrange(kinds)
+        pieces = [self._batch_norms(places, tensors, device) for places in self._batches]
+        # Promotes to the widest among them.
+        found = torch.cat(pieces)
+        if self._order is not None:
+            found = found[self._order.to(device, non_blocking=True)]
+        return self._measured_again(found, tensors) if device.type == "cpu" else found
+
+    def exact(self, tensors: Tensors) -> Tensor:
+        """`norms` in float64, scaled by the largest entry: slow, and right for any finite entries."""
+        pieces = [
+            torch.zeros(rows, dtype=torch.float64)
+            if tensor is None
+            else _sparse_norms(tensor, rows, self._norm_type)
+            if tensor.is_sparse
+            else _exact_norms(_as_rows(tensor), self._norm_type)
+            for tensor, rows in zip(tensors, self._units.rows, strict=True)
+        ]
+        device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+        return torch.cat([piece.to(device) for piece in pieces]) if pieces else torch.zeros(0)
+
+    def _arrange(self, kinds: list[tuple[torch.Size, torch.dtype] | None]) -> None:
+        """Decide which tensors are measured together, and where their units then belong."""
+        self._kinds = kinds
+        self._batches = list(_batches(kinds))
+        rows, starts = self._units.rows, [0]
+        for count in rows:
+            starts.append(starts[-1] + count)
+        measured = [place for batch in self._batches for place in batch]
+        self._order = None
+        if measured != sorted(measured):
+            places = torch.cat([torch.arange(starts[i], starts[i + 1], device="cpu") for i in measured])
+            self._order = torch.empty_like(places).index_copy_(0, places, torch.arange(len(places), device="cpu"))
+
+    def _batch_norms(self, places: tuple[int, ...], tensors: Tensors, device: torch.device) -> Tensor:
+        first, rows = tensors[places[0]], self._units.rows[places[0]]
+        if first is None:
+            return torch.zeros(rows, device=device)
+        if first.is_sparse:
+            return _sparse_norms(first, rows, self._norm_type).to(device)
+        if first.numel() == 0:
+            return torch.zeros(rows * len(places), device=device)
+        if len(places) == 1:
+            return _fast_norms(_as_rows(first), self._norm_type).to(device)
+        stacked = torch.stack(itemgetter(*places)(tensors))
+        return _fast_norms(stacked.reshape(len(places) * rows, -1), self._norm_type)
+
+    def _measured_again(self, found: Tensor, tensors: Tensors) -> Tensor:
+        """The same with units whose norm left the range of the fast sum measured exactly."""
+        if len(found) == 0:
+            return found
+        low, high = (extreme.item() for extreme in torch.aminmax(found))
+        if not pnorm.is_suspect(low, self._norm_type) and not pnorm.is_suspect(high, self._norm_type):
+            return found
+        suspect = ~((found >= pnorm.smallest(self._norm_type)) & (found < math.inf))
+        index = self._units.index_on(found.device)
+        for place in index[suspect].unique().tolist():
+            tensor = tensors[place]
+            if tensor is None or tensor.is_sparse or tensor.numel() == 0:
+                continue
+            matrix, units = _as_rows(tensor), (index == place).nonzero()[:, 0]
+            odd = suspect[units]
+            # Units without any gradient are common, those whose entries vanish when squared are not.
+            odd &= (found[units] != 0) | _is_nonzero(matrix)
+            if odd.any():
+                found = found.double().index_copy(0, units[odd], _exact_norms(matrix[odd], self._norm_type))
+        return found
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """What tensors that are measured together have in common."""
+    if tensor is None or tensor.layout is not torch.strided or tensor.numel() > _SMALL or tensor.is_complex():
+        return None
+    return (tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
+
+
+def _batches(kinds: list[tuple[torch.Size, torch.dtype] | None]) -> Iterator[tuple[int, ...]]:
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for place, kind in enumerate(kinds):
+        if kind is None:
+            yield (place,)
+        else:
+            alike.setdefault(kind, []).append(place)
+    for (shape, _), places in alike.items():
+        size = max(1, _BLOCK // max(1, math.prod(shape)))
+        yield from (tuple(places[begin : begin + size]) for begin in range(0, len(places), size))
+
+
+def _fast_norms(matrix: Tensor, norm_type: float, long: int = _LONG) -> Tensor:
+    """The norm of each row, in one sum for up to `long` entries where torch has a vectorised kernel."""
+    wide = pnorm.accumulator(matrix.dtype, norm_type)
+    columns = matrix.shape[1]
+    if wide is torch.float32 and matrix.device.type == "cpu":
+        blocks = matrix.split(max(1, _BLOCK // columns))
+        return torch.cat([_fast_norms(block.float(), norm_type, _COLUMNS) for block in blocks])
+    vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
+    if columns <= (long if vectorised else _COLUMNS):
+        return pnorm.vector_norm(matrix, norm_type, dim=1, dtype=wide)
+    whole = columns // _COLUMNS * _COLUMNS
+    blocks = matrix[:, :whole].unflatten(1, (-1, _COLUMNS))
+    pieces = [pnorm.vector_norm(blocks, norm_type, dim=2, dtype=wide)]
+    if whole < columns:
+        pieces.append(pnorm.vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)[:, None])
+    joined = torch.cat(pieces, dim=1)
+    return pnorm.vector_norm(joined, norm_type, dim=1, dtype=pnorm.widest(matrix.device)).to(joined.dtype)
+
+
+def _exact_norms(matrix: Tensor, norm_type: float) -> Tensor:
+    if matrix.numel() == 0:
+        return torch.zeros(len(matrix), device=matrix.device)
+    magnitude = matrix.abs()
+    largest = magnitude.amax(dim=1)
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(pnorm.widest(matrix.device))
+    return scale * pnorm.vector_norm(magnitude.to(scale.dtype) / scale[:, None], norm_type, dim=1)
+
+
+def _is_nonzero(matrix: Tensor) -> Tensor:
+    """Whether a row has an entry other than zero: two passes that are ten times faster than `any`."""
+    if matrix.is_complex():
+        matrix = torch.view_as_real(matrix.resolve_conj()).flatten(1)
+    return (matrix.amax(dim=1) != 0) | (matrix.amin(dim=1) != 0)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """A view `(rows, entries)`, or a copy where the strides allow no view."""
+    if tensor.ndim < 2:
+        return tensor.reshape(1, -1)
+    if tensor.is_contiguous():
+        return tensor.flatten(1)
+    # The order within a unit does not matter: channels-last kernels are read as they lie in memory.
+    inner = sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(0, *inner).flatten(1)
+
+
+def _sparse_norms(tensor: Tensor, rows: int, norm_type: float) -> Tensor:
+    tensor = tensor.coalesce()
+    values, units = tensor.values(), tensor.indices()[0]
+    if tensor.ndim < 2:
+        units = torch.zeros_like(units)
+    if values.numel() == 0:
+        return torch.zeros(rows, device=tensor.device)
+    norms = _exact_norms(values.reshape(len(values), -1), norm_type)
+    return pnorm.grouped_norms(norms, units, rows, norm_type)
