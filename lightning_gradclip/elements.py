@@ -1,5 +1,7 @@
 """Single entries as scopes: bounds that every entry of a gradient is clamped to."""
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +10,14 @@ from torch import Tensor
 from lightning_gradclip import pnorm, reduce, write
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.measure import Meter
+from lightning_gradclip.plan import BLOCK, SMALL
 from lightning_gradclip.select import Selection
-from lightning_gradclip.stats import pack_elements
+from lightning_gradclip.stats import Row, pack_elements
 
 # Entries compared at once, so that what is compared is small beside the gradients, and on CPU stays in the cache.
 _CHUNK, _CHUNK_ON_DEVICE = 2**18, 2**24
+# Entries looked at at once, until one outside is found.
+_LOOK = 2**16
 # No entry exceeds the 2-norm, but for the norm's rounding.
 _ROUNDING = 1e-5
 
@@ -53,64 +58,109 @@ class ElementLimiter(Limiter):
         """Which share of the entries is outside, in words."""
         if not isinstance(outcome, Clamping) or isinstance(outcome.row, Tensor):
             return super().excess(outcome)
-        return f"{outcome.row.clipped:.3g} of the entries lie outside [{outcome.low:g}, {outcome.high:g}]"
+        share = f"{outcome.row.clipped:.3g}" if self.detailed else "some"
+        return f"{share} of the entries lie outside [{outcome.low:g}, {outcome.high:g}]"
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
-        p = self._method.norm_type
         norms = reduce.global_sizes(local_norms) / scale
-        joint = pnorm.joint_norm(norms, p)
-        limits = self._method.limit(joint.view(1), None, step)
+        joint = pnorm.joint_norm(norms, self._method.norm_type)
         low, high = self._method.bounds(step)
-        touched, counts, clamped = self._outside(gradients, local_norms, low * float(scale), high * float(scale))
-        after = joint
-        if touched:
-            places = pnorm.integers_on(touched, norms.device)
-            after = pnorm.joint_norm(norms.index_copy(0, places, clamped / scale), p)
-        total = max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
-        row = pack_elements(joint, after, high, counts.sum().to(joint.dtype) / total)
+        least, most = low * float(scale), high * float(scale)
         measured = self._measured_norms(gradients, norms)
-        return Clamping(joint.view(1), limits, None, self._on_host_if_asked(row), measured, low, high, touched)
+        if norms.device.type == "cpu":
+            # Not written is what has no entry outside.
+            touched = tuple(_outside(gradients, local_norms.tolist(), least, most))
+            changed, norm = float(bool(touched)), joint.item()
+            share, after = changed and math.nan, math.nan
+            if self.detailed:
+                share, after = (one.item() for one in self._details(gradients, touched, norms, least, most, scale))
+            row = Row(norm, after, high, math.nan, share, float(math.isfinite(norm)), 0.0, changed, 0.0)
+            return Clamping(norm, high, None, row, measured, low, high, touched)
+        touched = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        share, after = self._details(gradients, touched, norms, least, most, scale)
+        row = self._on_host_if_asked(pack_elements(joint, after, high, share, detailed=self.detailed))
+        limits = self._method.limit(joint.view(1), None, step)
+        return Clamping(joint.view(1), limits, None, row, measured, low, high, touched)
 
-    def _outside(
-        self, gradients: Gradients, norms: Tensor, low: float, high: float
-    ) -> tuple[tuple[int, ...], Tensor, Tensor]:
-        """The parameters with entries outside the bounds, how many each has, and its norm when they are clamped.
+    def _details(
+        self,
+        gradients: Gradients,
+        touched: Sequence[int],
+        norms: Tensor,
+        low: float,
+        high: float,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The share of the entries outside the bounds and the joint norm when they are clamped, both 0-d.
 
-        On devices, where looking would make the host wait, all parameters with a gradient.
+        On devices without `detailed` the share is 1 where there are any, and the norm the joint one.
         """
-        on_cpu = norms.device.type == "cpu"
-        places = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        if on_cpu:
-            bound = min(-low, high) * (1 - _ROUNDING)
-            far = [not norm <= bound for norm in norms.tolist()]  # NaN is far
-            places = [i for i in places if far[i]]
-        counts, clamped = [norms.new_zeros(0)], [norms.new_zeros(0)]
-        touched: list[int] = []
-        for i in places:
-            values = pnorm.dense_values(gradients[i])  # pyright: ignore[reportArgumentType]
-            least, most = write.stored_bounds(values.dtype, low, high)
-            if on_cpu and _is_within(values, least, most):
-                continue
-            count, norm = _compared(values, least, most, self._method.norm_type)
-            if on_cpu and not count:
-                continue
-            touched.append(i)
-            counts.append(count.view(1).to(norms))
-            clamped.append(norm.view(1).to(norms))
-        return tuple(touched), torch.cat(counts), torch.cat(clamped)
+        p = self._method.norm_type
+        joint = pnorm.joint_norm(norms, p)
+        values = [pnorm.dense_values(one) for i in touched if (one := gradients[i]) is not None]
+        if not values:
+            return torch.zeros_like(joint), joint
+        if not self.detailed:
+            found = [_count_outside(one, *write.stored_bounds(one.dtype, low, high)).any() for one in values]
+            return torch.stack(found).any().to(norms), joint
+        counts, after = zip(*(_compared(one, low, high, p) for one in values), strict=True)
+        places = pnorm.integers_on(tuple(touched), norms.device)
+        clamped = torch.stack([norm.to(norms) for norm in after]) / scale
+        total = max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
+        return (
+            torch.stack([count.to(norms) for count in counts]).sum() / total,
+            pnorm.joint_norm(norms.index_copy(0, places, clamped), p),
+        )
 
 
-def _is_within(values: Tensor, low: float, high: float) -> bool:
-    least, most = torch.aminmax(values)
-    return low <= least.item() and most.item() <= high
+def _outside(gradients: Gradients, norms: Sequence[float], low: float, high: float) -> Iterator[int]:
+    """The gradients on CPU with entries outside the bounds, in no order."""
+    bound = min(-low, high) * (1 - _ROUNDING)
+    alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for i, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
+        if gradient is None or norm <= bound:  # NaN is not
+            continue
+        if gradient.numel() < SMALL and gradient.layout is torch.strided:
+            alike.setdefault((gradient.dtype, gradient.shape), []).append(i)
+        elif _has_outside(pnorm.dense_values(gradient), *write.stored_bounds(gradient.dtype, low, high)):
+            yield i
+    for (dtype, shape), places in alike.items():
+        least, most = write.stored_bounds(dtype, low, high)
+        size = max(1, BLOCK // max(1, math.prod(shape)))
+        for begin in range(0, len(places), size):
+            some = places[begin : begin + size]
+            matrix = torch.stack([gradients[i].flatten() for i in some])  # pyright: ignore[reportOptionalMemberAccess]
+            if matrix.numel():
+                extremes = zip(matrix.amin(dim=1).tolist(), matrix.amax(dim=1).tolist(), strict=True)
+                for row, (lowest, highest) in enumerate(extremes):
+                    is_nan = lowest != lowest
+                    if lowest < least or highest > most or (is_nan and _count_outside(matrix[row], least, most)):
+                        yield some[row]
+
+
+def _has_outside(values: Tensor, low: float, high: float) -> bool:
+    """Whether an entry is outside the bounds; where many are, the first chunk shows it."""
+    for chunk in pnorm.in_memory_order(values).reshape(-1).split(_LOOK):
+        if chunk.numel():
+            least, most = torch.aminmax(chunk)
+            if least.item() < low or most.item() > high:
+                return True
+            if least.isnan() and _count_outside(chunk, low, high):
+                return True
+    return False
 
 
 def _compared(values: Tensor, low: float, high: float, norm_type: float) -> tuple[Tensor, Tensor]:
     """The number of entries outside the bounds, and the norm when they are clamped, both 0-d."""
+    least, most = write.stored_bounds(values.dtype, low, high)
     flat = pnorm.in_memory_order(values).reshape(-1)
     size = _CHUNK if values.device.type == "cpu" else _CHUNK_ON_DEVICE
     counts, norms = [], []
     for chunk in flat.split(size):
-        counts.append(((chunk < low) | (chunk > high)).sum())
-        norms.append(Meter(norm_type).each([chunk.clamp(low, high)]))
+        counts.append(_count_outside(chunk, least, most))
+        norms.append(Meter(norm_type).each([chunk.clamp(least, most)]))
     return torch.stack(counts).sum(), pnorm.joint_norm(torch.cat(norms), norm_type)
+
+
+def _count_outside(values: Tensor, low: float, high: float) -> Tensor:
+    return ((values < low) | (values > high)).sum()

@@ -47,6 +47,9 @@ class Limiter:
         method: The method; changed only by `learn` and `load_state_dict`.
         measure_per: Kind of the scopes whose norms are recorded as well, if any.
         on_host: Whether the host reads the packed row on devices where that is a synchronisation.
+
+    Attributes:
+        detailed: Whether to find out at each step what costs passes of its own.
     """
 
     def __init__(self, method: ClipMethod, measure_per: str | None, *, on_host: bool) -> None:
@@ -58,6 +61,7 @@ class Limiter:
         self._rows_of: tuple[str, ...] = ()
         self._strict = False
         self._arranged: Scopes | Units | None = None
+        self.detailed = True
 
     def serve(self, selection: Selection) -> None:
         """Take over the parameters of this selection; learned values follow their scopes' names."""
@@ -74,8 +78,9 @@ class Limiter:
             scale: What the gradients are still multiplied by.
         """
         outcome = self._outcome(gradients, self._norms(gradients), step, scale)
-        row, device = outcome.row, outcome.sizes.device
-        if device.type != "cpu" and isinstance(row, Row) and pnorm.is_suspect(row.norm, self._method.norm_type):
+        row, sizes = outcome.row, outcome.sizes
+        on_device = isinstance(sizes, Tensor) and sizes.device.type != "cpu"
+        if on_device and isinstance(row, Row) and pnorm.is_suspect(row.norm, self._method.norm_type):
             outcome = self._outcome(gradients, self._norms(gradients, exact=True), step, scale)
         return outcome
 

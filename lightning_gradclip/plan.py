@@ -28,9 +28,9 @@ from lightning_gradclip import foreach, pnorm
 
 ROW = 512
 # Up to here copying a tensor costs less than a call for it.
-_SMALL = 2**14
+SMALL = 2**14
 # Entries copied or converted at once.
-_BLOCK = 2**18
+BLOCK = 2**18
 # From here on rows of a bfloat16 tensor are many enough.
 _MANY_ROWS = 2**20
 # So many tensors of one shape are worth a batch of their own.
@@ -80,7 +80,12 @@ class Batch:
         except (RuntimeError, TypeError) as error:  # one is sparse, on another device, of another shape, or absent
             raise OutdatedError from error
         # A single odd one among them shows in what they make together.
-        if joined.dtype is not self.dtype or joined.layout is not torch.strided or joined.device.type != "cpu":
+        if (
+            joined is None
+            or joined.dtype is not self.dtype
+            or joined.layout is not torch.strided
+            or joined.device.type != "cpu"
+        ):
             raise OutdatedError
         if self.shape is None:
             return joined if joined.dim() == 1 else joined.reshape(-1)
@@ -112,7 +117,7 @@ class Plan:
             self.count += gradient.numel()
             if gradient.layout is not torch.strided or gradient.dtype not in _REAL:
                 self._others.append(place)
-            elif gradient.numel() < _SMALL:
+            elif gradient.numel() < SMALL:
                 shape = gradient.shape if apart else gradient.shape[1:]
                 small.setdefault((gradient.dtype, shape), []).append(place)
             else:
@@ -142,9 +147,9 @@ class Plan:
             return torch.linalg.vector_norm(self._batches[0].gathered(gradients), self._norm_type).item()
         pieces: list[Tensor] = []
         for batch in self._batches:
-            _append_rows(pieces, batch.gathered(gradients).view(-1), self._norm_type)
+            append_rows(pieces, batch.gathered(gradients).view(-1), self._norm_type)
         for place, dtype, numel in self._large:
-            _append_rows(pieces, _flat(gradients[place], dtype, numel), self._norm_type)
+            append_rows(pieces, _flat(gradients[place], dtype, numel), self._norm_type)
         pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
         return joined(pieces, self._norm_type).item()
 
@@ -157,7 +162,7 @@ class Plan:
         pieces = [_norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
         for place, dtype, numel in self._large:
             rows: list[Tensor] = []
-            _append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
+            append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
             pieces.append(joined(rows, self._norm_type).view(1))
         pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
         result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
@@ -179,11 +184,11 @@ def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
 def _batches(
     small: dict[tuple[torch.dtype, torch.Size], list[int]], gradients: Sequence[Tensor | None], *, apart: bool
 ) -> Iterator[Batch]:
-    """Batches of no more than `_BLOCK` entries; small groups are thrown together where that does no harm."""
+    """Batches of no more than `BLOCK` entries; small groups are thrown together where that does no harm."""
     rest: dict[torch.dtype, list[int]] = {}
     for (dtype, shape), places in small.items():
         if apart:
-            size = max(1, _BLOCK // max(1, math.prod(shape)))
+            size = max(1, BLOCK // max(1, math.prod(shape)))
             for begin in range(0, len(places), size):
                 yield Batch(tuple(places[begin : begin + size]), dtype, shape, alike=True)
         elif len(places) < _ALIKE:
@@ -200,7 +205,7 @@ def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterat
     for place in places:
         gradient = gradients[place]
         numel = 0 if gradient is None else gradient.numel()
-        if block and entries + numel > _BLOCK:
+        if block and entries + numel > BLOCK:
             yield tuple(block)
             block, entries = [], 0
         block.append(place)
@@ -208,18 +213,22 @@ def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterat
     yield tuple(block)
 
 
+def _is_dense_on_cpu(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
 def _flat(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
     """The entries of a large gradient in the order of the memory, `(numel,)`."""
     if gradient is None or gradient.dtype is not dtype or gradient.numel() != numel:
         raise OutdatedError
-    if gradient.layout is not torch.strided or gradient.device.type != "cpu":
+    if not _is_dense_on_cpu(gradient):
         raise OutdatedError
     value = pnorm.in_memory_order(gradient)
     # Strided or expanded, which autograd does not produce: a copy.
     return value.view(-1) if value.is_contiguous() else value.reshape(-1)
 
 
-def _append_rows(pieces: list[Tensor], flat: Tensor, norm_type: float) -> None:
+def append_rows(pieces: list[Tensor], flat: Tensor, norm_type: float) -> None:
     """Append norms of pieces of the entries, 1-d, float32 or wider."""
     numel = flat.numel()
     if numel == 0:
@@ -231,8 +240,8 @@ def _append_rows(pieces: list[Tensor], flat: Tensor, norm_type: float) -> None:
     wide = pnorm.accumulator(flat.dtype, norm_type)
     if wide is torch.float32:
         if flat.dtype is torch.float16 or numel < _MANY_ROWS:
-            for block in flat.split(_BLOCK):
-                _append_rows(pieces, block.float(), norm_type)
+            for block in flat.split(BLOCK):
+                append_rows(pieces, block.float(), norm_type)
             return
         wide = None
     rest = numel % ROW
@@ -272,7 +281,7 @@ def _norm_of(gradient: Tensor | None, norm_type: float) -> Tensor:
     value = pnorm.dense_values(gradient)
     if value.dtype in _REAL:
         rows: list[Tensor] = []
-        _append_rows(rows, value.reshape(-1), norm_type)
+        append_rows(rows, value.reshape(-1), norm_type)
         return joined(rows, norm_type).view(1)
     magnitudes = value.abs() if value.numel() else torch.zeros(1)
     return pnorm.vector_norm(magnitudes, norm_type, dtype=torch.float64).view(1)

@@ -101,4 +101,4 @@ def in_memory_order(value: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def integers_on(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers as a tensor, kept: copying them to a device anew at every step would make the host wait for it."""
-    return torch.tensor(values, device="cpu").to(device)
+    return torch.tensor(values, dtype=torch.long, device="cpu").to(device)

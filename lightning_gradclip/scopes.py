@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ class Units:
         return tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in self.params)
 
     @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of the first unit of each parameter, and at the end the number of units."""
+        return (0, *accumulate(self.rows))
+
+    @cached_property
     def sliced(self) -> tuple[bool, ...]:
         """For each parameter whether its units are slices of it."""
         return tuple(parameter.ndim > 1 for parameter in self.params)
@@ -77,7 +83,7 @@ class Units:
     @property
     def count(self) -> int:
         """The number of units, `S`."""
-        return sum(self.rows)
+        return self.starts[-1]
 
     @cached_property
     def names(self) -> tuple[str, ...]:

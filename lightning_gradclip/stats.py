@@ -129,15 +129,18 @@ def pack(
     return torch.stack([values[name] for name in Row._fields])
 
 
-def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tensor) -> Tensor:
-    """The same where single entries are limited: `share` of them is outside the bounds, and no factor is applied."""
+def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tensor, *, detailed: bool) -> Tensor:
+    """The same where single entries are limited: `share` of them is outside the bounds, and no factor is applied.
+
+    Without `detailed`, where nobody has looked closely, the norm after clipping and a share above 0 are NaN.
+    """
     zero, one = torch.zeros_like(norm), torch.ones_like(norm)
     values = {
         "norm": norm,
-        "norm_clipped": norm_clipped,
+        "norm_clipped": norm_clipped if detailed else one * math.nan,
         "limit": one * limit,
         "coef": one * math.nan,
-        "clipped": share,
+        "clipped": share if detailed else torch.where(share > 0, math.nan, zero),
         "finite": torch.isfinite(norm).to(norm.dtype),
         "skipped": zero,
         "changed": (share > 0).to(norm.dtype),

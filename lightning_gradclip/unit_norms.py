@@ -6,13 +6,13 @@ up to 8192 entries.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_gradclip import pnorm
+from lightning_gradclip.plan import BLOCK, SMALL, Batch, OutdatedError
 from lightning_gradclip.scopes import Units
 
 Tensors = Sequence[Tensor | None]
@@ -21,10 +21,6 @@ Tensors = Sequence[Tensor | None]
 _LONG = 8192
 # Where torch has no vectorised kernel, it sums one after the other.
 _COLUMNS = 512
-# Up to here copying a tensor costs less than a call for it.
-_SMALL = 2**14
-# Entries copied or converted at once.
-_BLOCK = 2**18
 
 
 class UnitMeter:
@@ -38,9 +34,9 @@ class UnitMeter:
     def __init__(self, units: Units, norm_type: float) -> None:
         self._units = units
         self._norm_type = norm_type
-        self._batches: list[tuple[int, ...]] = []
+        self._batches: list[Batch] = []
+        self._alone: list[int] = []
         self._order: Tensor | None = None
-        self._kinds: list[tuple[torch.Size, torch.dtype] | None] = []
 
     def norms(self, tensors: Tensors) -> Tensor:
         """The p-norm of each unit.
@@ -51,18 +47,16 @@ class UnitMeter:
         Returns:
             Norms, `(S,)`, local, float32 or wider, on the device of the first tensor.
         """
-        present = [tensor for tensor in tensors if tensor is not None]
-        if not present:
+        device = next((tensor.device for tensor in tensors if tensor is not None), None)
+        if device is None:
             return torch.zeros(self._units.count, dtype=torch.float64)
-        device = present[0].device
-        kinds = [_kind(tensor) for tensor in tensors]
-        if kinds != self._kinds:
-            self._arrange(kinds)
-        pieces = [self._batch_norms(places, tensors, device) for places in self._batches]
-        # Promotes to the widest among them.
-        found = torch.cat(pieces)
-        if self._order is not None:
-            found = found[self._order.to(device, non_blocking=True)]
+        if not self._batches and not self._alone:
+            self._arrange(tensors)
+        try:
+            found = self._read(tensors, device)
+        except OutdatedError:
+            self._arrange(tensors)
+            found = self._read(tensors, device)
         return self._measured_again(found, tensors) if device.type == "cpu" else found
 
     def exact(self, tensors: Tensors) -> Tensor:
@@ -78,31 +72,44 @@ class UnitMeter:
         device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
         return torch.cat([piece.to(device) for piece in pieces]) if pieces else torch.zeros(0)
 
-    def _arrange(self, kinds: list[tuple[torch.Size, torch.dtype] | None]) -> None:
+    def _arrange(self, tensors: Tensors) -> None:
         """Decide which tensors are measured together, and where their units then belong."""
-        self._kinds = kinds
-        self._batches = list(_batches(kinds))
-        rows, starts = self._units.rows, [0]
-        for count in rows:
-            starts.append(starts[-1] + count)
-        measured = [place for batch in self._batches for place in batch]
+        self._batches, self._alone = [], []
+        alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            if tensor is not None and _is_small(tensor):
+                alike.setdefault((tensor.dtype, tensor.shape), []).append(place)
+            else:
+                self._alone.append(place)
+        for (dtype, shape), places in alike.items():
+            size = max(1, BLOCK // max(1, math.prod(shape)))
+            for begin in range(0, len(places), size):
+                self._batches.append(Batch(tuple(places[begin : begin + size]), dtype, shape, alike=True))
+        measured = [place for batch in self._batches for place in batch.places] + self._alone
+        starts = self._units.starts
         self._order = None
         if measured != sorted(measured):
-            places = torch.cat([torch.arange(starts[i], starts[i + 1], device="cpu") for i in measured])
-            self._order = torch.empty_like(places).index_copy_(0, places, torch.arange(len(places), device="cpu"))
+            units = torch.cat([torch.arange(starts[i], starts[i + 1], device="cpu") for i in measured])
+            self._order = torch.empty_like(units).index_copy_(0, units, torch.arange(len(units), device="cpu"))
 
-    def _batch_norms(self, places: tuple[int, ...], tensors: Tensors, device: torch.device) -> Tensor:
-        first, rows = tensors[places[0]], self._units.rows[places[0]]
-        if first is None:
+    def _read(self, tensors: Tensors, device: torch.device) -> Tensor:
+        pieces = []
+        for batch in self._batches:
+            together = batch.gathered(tensors)
+            rows = len(batch.places) * self._units.rows[batch.places[0]]
+            pieces.append(_fast_norms(together.view(rows, -1), self._norm_type).to(device))
+        pieces += [self._norms_of(place, tensors[place], device) for place in self._alone]
+        # Promotes to the widest among them.
+        found = torch.cat(pieces)
+        return found if self._order is None else found[self._order.to(device)]
+
+    def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
+        rows = self._units.rows[place]
+        if tensor is None or tensor.numel() == 0:
             return torch.zeros(rows, device=device)
-        if first.is_sparse:
-            return _sparse_norms(first, rows, self._norm_type).to(device)
-        if first.numel() == 0:
-            return torch.zeros(rows * len(places), device=device)
-        if len(places) == 1:
-            return _fast_norms(_as_rows(first), self._norm_type).to(device)
-        stacked = torch.stack(itemgetter(*places)(tensors))
-        return _fast_norms(stacked.reshape(len(places) * rows, -1), self._norm_type)
+        if tensor.is_sparse:
+            return _sparse_norms(tensor, rows, self._norm_type).to(device)
+        return _fast_norms(_as_rows(tensor), self._norm_type).to(device)
 
     def _measured_again(self, found: Tensor, tensors: Tensors) -> Tensor:
         """The same with units whose norm left the range of the fast sum measured exactly."""
@@ -126,23 +133,9 @@ class UnitMeter:
         return found
 
 
-def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
-    """What tensors that are measured together have in common."""
-    if tensor is None or tensor.layout is not torch.strided or tensor.numel() > _SMALL or tensor.is_complex():
-        return None
-    return (tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
-
-
-def _batches(kinds: list[tuple[torch.Size, torch.dtype] | None]) -> Iterator[tuple[int, ...]]:
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for place, kind in enumerate(kinds):
-        if kind is None:
-            yield (place,)
-        else:
-            alike.setdefault(kind, []).append(place)
-    for (shape, _), places in alike.items():
-        size = max(1, _BLOCK // max(1, math.prod(shape)))
-        yield from (tuple(places[begin : begin + size]) for begin in range(0, len(places), size))
+def _is_small(tensor: Tensor) -> bool:
+    plain = tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.is_complex()
+    return plain and 0 < tensor.numel() < SMALL
 
 
 def _fast_norms(matrix: Tensor, norm_type: float, long: int = _LONG) -> Tensor:
@@ -150,7 +143,7 @@ def _fast_norms(matrix: Tensor, norm_type: float, long: int = _LONG) -> Tensor:
     wide = pnorm.accumulator(matrix.dtype, norm_type)
     columns = matrix.shape[1]
     if wide is torch.float32 and matrix.device.type == "cpu":
-        blocks = matrix.split(max(1, _BLOCK // columns))
+        blocks = matrix.split(max(1, BLOCK // columns))
         return torch.cat([_fast_norms(block.float(), norm_type, _COLUMNS) for block in blocks])
     vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
     if columns <= (long if vectorised else _COLUMNS):

@@ -20,12 +20,13 @@ class UnitLimiter(Limiter):
         touched = range(len(self._params))
         if coefs.device.type == "cpu":
             touched = self._units.index_on(coefs.device)[coefs != 1].unique_consecutive().tolist()
-        pieces = coefs.split(self._units.rows)
-        whole = [i for i in touched if not self._units.sliced[i]]
-        write.scale_([self._params[i] for i in whole], [pieces[i][0] for i in whole])
+        starts, sliced = self._units.starts, self._units.sliced
+        whole = [i for i in touched if not sliced[i]]
+        factors = coefs[pnorm.integers_on(tuple(starts[i] for i in whole), coefs.device)]
+        write.scale_([self._params[i] for i in whole], factors.unbind())
         for i in touched:
-            if self._units.sliced[i]:
-                write.scale_units_(self._params[i], pieces[i])
+            if sliced[i]:
+                write.scale_units_(self._params[i], coefs[starts[i] : starts[i + 1]])
 
     def _scopes_of(self, selection: Selection) -> Units:
         self._units = selection.units()

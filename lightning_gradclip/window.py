@@ -120,9 +120,11 @@ class Window:
         columns = dict(zip(Row._fields, self._matrix().unbind(1), strict=True))
         self._rows = []
         finite, overflow = columns["finite"] != 0, columns["overflow"] != 0
+        looked = ~torch.isnan(columns["norm_clipped"])
         for name, column, counted in (
             ("norm", "norm", finite),
-            ("norm_clipped", "norm_clipped", finite),
+            # NaN where nobody has looked.
+            ("norm_clipped", "norm_clipped", finite & looked),
             ("norm_max", "norm", finite),
             ("limit", "limit", finite & torch.isfinite(columns["limit"])),
             # NaN where no factor is applied.
@@ -132,7 +134,7 @@ class Window:
         _update(self._metrics["clip_rate"], columns["changed"])
         # With one scope it would say the same as the rate.
         several = torch.isnan(columns["limit"]) | torch.isnan(columns["coef"])
-        _update(self._metrics["clipped"], columns["clipped"][finite & several])
+        _update(self._metrics["clipped"], columns["clipped"][finite & several & looked])
         _update(self._counts["skipped"], columns["skipped"][~overflow])
         _update(self._counts["nonfinite"], (~finite & ~overflow).to(torch.float64))
         _update(self._counts["overflows"], columns["overflow"])

@@ -1,6 +1,7 @@
 """The only writes to gradients."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from lightning_gradclip import foreach
 
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+# Below this many entries a call costs more than a pass.
+_SMALL = 2**14
 # Gradients that a float32 factor loses nothing against.
 _FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -61,13 +64,20 @@ def scale_units_(parameter: Tensor, coefs: Tensor) -> None:
 
 def clamp_(params: Iterable[Tensor], low: float, high: float) -> None:
     """Replace entries below `low` by it and entries above `high` by that; NaN stays."""
+    small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in params:
         if (gradient := parameter.grad) is not None:
             values = _stored_values(parameter, gradient)
-            least, most = stored_bounds(values.dtype, low, high)
-            values.clamp_(least, most)
+            if values.numel() < _SMALL:
+                small.setdefault((values.device, values.dtype), []).append(values)
+            else:
+                values.clamp_(*stored_bounds(values.dtype, low, high))
+    for (_, dtype), together in small.items():
+        # Two passes, but one call for many.
+        foreach.clamp_(together, *stored_bounds(dtype, low, high))
 
 
+@lru_cache(maxsize=64)
 def stored_bounds(dtype: torch.dtype, low: float, high: float) -> tuple[float, float]:
     """The bounds as `dtype` stores them: 0.1 in bfloat16 is a neighbour of 0.1, and 1e5 in float16 is infinite."""
     least, most = torch.tensor([low, high], dtype=dtype, device="cpu").tolist()
