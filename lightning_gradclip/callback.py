@@ -1,6 +1,7 @@
 """The Lightning callback: hooks, conflict checks, logging and checkpoint state around one clipper per optimizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -111,8 +112,9 @@ class GradientClipping(Callback):
         self._had_backward = False
         self._saw_step, self._batches = False, 0
 
-    @property
-    def state_key(self) -> str:
+    # Lightning asks for it at every hook of every batch.
+    @cached_property
+    def state_key(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._generate_state_key(name=self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -159,12 +161,13 @@ class GradientClipping(Callback):
         if clipper is None or clipper.optimizer is not optimizer:
             clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
         self._last_batch = progress.batches(trainer)
+        clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps)
         clipper.step(scaler)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._logs and (self._logs_now(trainer, pl_module) or progress.ends_now(trainer)):
+        if self._logs and (progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer)):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             self._flush(trainer, progress.batches(trainer))
 
@@ -234,15 +237,6 @@ class GradientClipping(Callback):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.
             clipper.follow(self._clippers[index])
         return clipper
-
-    def _logs_now(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether this batch is one on which Lightning logs, or ours with `log_every_n_steps`."""
-        if progress.accumulates(trainer) and pl_module.automatic_optimization:
-            return False
-        if self.log_every_n_steps is None:
-            return trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        batches = progress.batches(trainer) + 1
-        return batches % self.log_every_n_steps == 0 or trainer.should_stop
 
     def _metrics(self, *, clear: bool) -> Iterator[tuple[str, float]]:
         for index, clipper in sorted(self._clippers.items()):

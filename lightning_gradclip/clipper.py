@@ -135,6 +135,19 @@ class Clipper:
         return self._window.compute()
 
     @property
+    def detailed(self) -> bool:
+        """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
+
+        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` and
+        `clipped` of `ValueClip` are NaN, and `metrics` leaves these steps out of their means.
+        """
+        return self._limiter.detailed
+
+    @detailed.setter
+    def detailed(self, value: bool) -> None:
+        self._limiter.detailed = value
+
+    @property
     def serves_any(self) -> bool:
         """Whether the patterns admit any parameter of the optimizer."""
         return bool(self._selection.params)

@@ -19,8 +19,18 @@ def accumulates(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()  # pyright: ignore[reportPrivateUsage]
 
 
+def logs_now(trainer: Trainer, every: int | None) -> bool:
+    """Whether Lightning logs after this batch, or with `every` whether its own turn has come; asked at every batch."""
+    turn = trainer.log_every_n_steps if every is None else every  # type: ignore[attr-defined]
+    due = turn and ((batches(trainer) + 1) % turn == 0 or trainer.should_stop)
+    if not due and not (every is None and trainer.fast_dev_run):  # type: ignore[attr-defined]
+        return False
+    return not (trainer.lightning_module.automatic_optimization and accumulates(trainer))
+
+
 def ends_now(trainer: Trainer) -> bool:
     """Whether training ends with this batch, unless something stops it earlier."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
-    last_epoch = epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
-    return (steps != -1 and trainer.global_step >= steps) or (last_epoch and trainer.is_last_batch)
+    if steps != -1 and trainer.global_step >= steps:
+        return True
+    return trainer.is_last_batch and epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 
+from lightning_gradclip.aggregate import Aggregate
 from lightning_gradclip.stats import Row
 
 _CAPACITY = 1024
@@ -24,18 +24,10 @@ class Window:
         self._rows: list[Row | Tensor] = []
         self._scope_norms: list[Tensor] = []
         self._scopes: tuple[str, ...] = ()
-        self._metrics: dict[str, Metric] = {
-            "norm": _float64(MeanMetric),
-            "norm_clipped": _float64(MeanMetric),
-            "norm_max": _float64(MaxMetric),
-            "limit": _float64(MeanMetric),
-            "coef_min": _float64(MinMetric),
-            "clip_rate": _float64(MeanMetric),
-            "clipped": _float64(MeanMetric),
-        }
+        self._aggregate = Aggregate()
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
-        self._counts: dict[str, Metric] = {name: _float64(SumMetric) for name in ("skipped", "nonfinite", "overflows")}
+        self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
 
     def add(self, row: Row | Tensor) -> None:
         """Record one step; the tensor must not be written again."""
@@ -59,11 +51,8 @@ class Window:
         """
         self._fold()
         self._fold_scopes()
-        result = {name: _value(metric) for name, metric in self._metrics.items() if _seen(metric)}
-        for name in ("skipped", "nonfinite"):
-            result[name] = _value(self._counts[name]) if _seen(self._counts[name]) else 0.0
-        if _seen(self._counts["overflows"]) and (overflows := _value(self._counts["overflows"])):
-            result["overflows"] = overflows
+        result = self._aggregate.compute() if self._aggregate.update_called else {}
+        result.update((name, count) for name, count in self._since_start.items() if count or name != "overflows")
         result.update((f"norm/{name}", total / count) for name, (total, count) in self._by_scope.items() if count)
         return result
 
@@ -71,14 +60,13 @@ class Window:
         """Begin a new window; the counts go on."""
         self._fold()
         self._fold_scopes()
-        for metric in self._metrics.values():
-            metric.reset()
+        self._aggregate.reset()
         self._by_scope = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether no step was recorded since the last `clear`."""
-        return not self._rows and not _seen(self._metrics["clip_rate"])
+        return not self._rows and not self._aggregate.update_called
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only."""
@@ -86,9 +74,9 @@ class Window:
             "rows": self._matrix(),
             "scopes": list(self._scopes),
             "scope_norms": _stacked(self._scope_norms, len(self._scopes)),
-            "metrics": _states(self._metrics),
+            "aggregate": _copied(self._aggregate.state_dict()) if self._aggregate.update_called else {},
             "by_scope": {name: list(pair) for name, pair in self._by_scope.items()},
-            "counts": _states(self._counts),
+            "since_start": dict(self._since_start),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -97,14 +85,12 @@ class Window:
         self._scopes = tuple(state["scopes"])
         self._scope_norms = list(state["scope_norms"].clone().unbind())
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
-        for metrics, saved in (
-            (self._metrics, state["metrics"]),
-            (self._counts, state["counts"]),
-        ):
-            for name, metric in metrics.items():
-                metric.reset()
-                if name in saved:
-                    _restore(metric, saved[name])
+        self._since_start = dict(state["since_start"])
+        self._aggregate.reset()
+        if state["aggregate"]:
+            self._aggregate.load_state_dict(_copied(state["aggregate"]))
+            # An update without a row marks the metric as seen without changing it.
+            self._aggregate.update(torch.zeros(0, len(Row._fields), dtype=torch.float64))
 
     def _matrix(self) -> Tensor:
         """The buffered rows on the host: one packed copy."""
@@ -117,27 +103,14 @@ class Window:
     def _fold(self) -> None:
         if not self._rows:
             return
-        columns = dict(zip(Row._fields, self._matrix().unbind(1), strict=True))
+        rows = self._matrix()
         self._rows = []
-        finite, overflow = columns["finite"] != 0, columns["overflow"] != 0
-        looked = ~torch.isnan(columns["norm_clipped"])
-        for name, column, counted in (
-            ("norm", "norm", finite),
-            # NaN where nobody has looked.
-            ("norm_clipped", "norm_clipped", finite & looked),
-            ("norm_max", "norm", finite),
-            ("limit", "limit", finite & torch.isfinite(columns["limit"])),
-            # NaN where no factor is applied.
-            ("coef_min", "coef", finite & torch.isfinite(columns["coef"])),
-        ):
-            _update(self._metrics[name], columns[column][counted])
-        _update(self._metrics["clip_rate"], columns["changed"])
-        # With one scope it would say the same as the rate.
-        several = torch.isnan(columns["limit"]) | torch.isnan(columns["coef"])
-        _update(self._metrics["clipped"], columns["clipped"][finite & several & looked])
-        _update(self._counts["skipped"], columns["skipped"][~overflow])
-        _update(self._counts["nonfinite"], (~finite & ~overflow).to(torch.float64))
-        _update(self._counts["overflows"], columns["overflow"])
+        self._aggregate.update(rows)
+        finite, overflow, skipped = (rows[:, Row._fields.index(name)] for name in ("finite", "overflow", "skipped"))
+        calm = 1 - overflow
+        counts = torch.stack((skipped * calm, (1 - finite) * calm, overflow)).sum(1).tolist()
+        for name, count in zip(self._since_start, counts, strict=True):
+            self._since_start[name] += count
 
     def _fold_scopes(self) -> None:
         if not self._scope_norms:
@@ -151,38 +124,9 @@ class Window:
             self._by_scope[name] = (before[0] + total, before[1] + count)
 
 
-def _float64(kind: type[MeanMetric | MaxMetric | MinMetric | SumMetric]) -> Metric:
-    # Every rank has seen the same global values, so there is nothing to synchronise.
-    return kind(sync_on_compute=False).set_dtype(torch.float64)
-
-
-def _update(metric: Metric, values: Tensor) -> None:
-    if values.numel():
-        metric.update(values)
-
-
-def _seen(metric: Metric) -> bool:
-    return metric.update_called
-
-
-def _value(metric: Metric) -> float:
-    return float(metric.compute())
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items()}
 
 
 def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
     return torch.stack(list(rows)).cpu() if rows else torch.zeros(0, width, dtype=torch.float64, device="cpu")
-
-
-def _states(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: torch.as_tensor(value).detach().clone() for key, value in metric.metric_state.items()}
-        for name, metric in metrics.items()
-        if _seen(metric)
-    }
-
-
-def _restore(metric: Metric, state: Mapping[str, Tensor]) -> None:
-    metric.persistent(True)
-    metric.load_state_dict({name: value.clone() for name, value in state.items()})
-    # An empty update marks the metric as seen without changing its value.
-    metric.update(torch.empty(0, dtype=torch.float64))
