@@ -27,5 +27,12 @@ def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
 
 
 def pending_scale(scaler: GradScaler, optimizer: Optimizer) -> float | torch.Tensor:
-    """The factor that the gradients still carry."""
-    return 1.0 if is_unscaled(scaler, optimizer) else scaler.get_scale()
+    """The factor that the gradients still carry: on a device a tensor, which makes nobody wait."""
+    if is_unscaled(scaler, optimizer):
+        return 1.0
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+    device = next((gradient.device for gradient in gradients if gradient is not None), torch.device("cpu"))
+    if device.type == "cpu":
+        return scaler.get_scale()
+    # What the scaler makes of 1.
+    return scaler.scale(torch.ones((), device=device))

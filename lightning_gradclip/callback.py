@@ -47,7 +47,8 @@ class GradientClipping(Callback):
         measure_per: "group", "layer" or "parameter": also log the norms of these scopes.
         prog_bar: Whether to show norm and clip rate in the progress bar.
         history: Record every step; not available in this version.
-        fold: Hand the coefficient to a fused optimizer; not available in this version.
+        fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
+            the gradients, which then stay unclipped for hooks that come later; for methods with per="model".
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -75,7 +76,7 @@ class GradientClipping(Callback):
         fold: bool = False,
     ) -> None:
         self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
-        check_options(measure_per=measure_per, fold=fold)
+        check_options(method, action, measure_per=measure_per, fold=fold)
         if history is not False:
             raise ValueError(f"history={history!r} is not available in this version; use history=False")
         if optimizer is not None:
@@ -161,7 +162,9 @@ class GradientClipping(Callback):
         if clipper is None or clipper.optimizer is not optimizer:
             clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
         self._last_batch = progress.batches(trainer)
-        clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps)
+        clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
+            trainer, with_next_step=True
+        )
         clipper.step(scaler)
 
     def on_train_batch_end(

@@ -3,7 +3,7 @@
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, nonfinite, reduce, write
+from lightning_gradclip import amp, checks, reduce
+from lightning_gradclip.act import Actor, Verdict
 from lightning_gradclip.elements import ElementLimiter
-from lightning_gradclip.limit import Limiter, Outcome
+from lightning_gradclip.fold import Fold
+from lightning_gradclip.limit import Limiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.nonfinite import Skips
 from lightning_gradclip.policy import Policy, check_options
@@ -44,7 +46,9 @@ class Clipper:
         include: Shell pattern or patterns over parameter names, admitting parameters.
         exclude: Pattern or patterns taken out of what `include` admits.
         measure_per: "group", "layer" or "parameter": also record the norms of these scopes.
-        fold: Hand the coefficient to a fused optimizer; not available in this version.
+        fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
+            the gradients, which then stay unclipped for hooks that come later; for methods with per="model". Only the
+            next `optimizer.step()` uses it.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -67,22 +71,23 @@ class Clipper:
         fold: bool = False,
     ) -> None:
         self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
-        check_options(measure_per=measure_per, fold=fold)
+        check_options(method, self._policy.action, measure_per=measure_per, fold=fold)
         own = Unlimited() if method is None else copy.deepcopy(method)
         kind = _LIMITERS.get(own.per, Limiter)
         if own.takes_floats and own.per == "model":
             kind = SingleLimiter
-        self._limiter = kind(own, measure_per, on_host=self._policy.decides_on_host)
+        self._limiter = kind(own, measure_per, on_host=self._policy.decides_on_host(folds=fold, scaled=False))
         self._optimizer = optimizer
         self._names = Names(
             named_parameters,
             checks.patterns("include", include),
             checks.patterns("exclude", exclude),
         )
+        self._fold = _fold_for(optimizer) if fold else None
         self._steps = 0
-        self._scaled = False
         self._window = Window()
         self._skips = Skips(self._policy.max_consecutive_skips)
+        self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
         self._select()
 
     @property
@@ -108,13 +113,22 @@ class Clipper:
         with torch.no_grad():
             if self._groups_changed():
                 self._select()
-            self._scaled = amp.is_enabled(scaler)
-            scale = self._unscale(scaler)
+            if not amp.is_enabled(scaler):
+                scaler = None
+            if self._fold is not None:
+                self._fold.withdraw()
+                self._limiter.on_host = self._policy.decides_on_host(folds=True, scaled=scaler is not None)
+            scale = 1.0 if scaler is None else self._unscale(scaler)
             gradients = [parameter.grad for parameter in self._selection.params]
             if all(gradient is None for gradient in gradients):
                 return self._nothing()
             outcome = self._limiter.judge(gradients, self._steps, scale)
-            return self._act(outcome)
+            verdict = self._actor.act(outcome, self._steps, scaler)
+            self._steps += 1
+            stats = self._record(verdict)
+            if verdict.then is not None:
+                verdict.then()
+            return stats
 
     def metrics(self) -> dict[str, float]:
         """The window since the last call, aggregated over all its steps, and cleared.
@@ -126,6 +140,7 @@ class Clipper:
             (counts since the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`.
             Without a finite step the norms are left out.
         """
+        self._skips.review(self._steps - 1)
         result = self._window.compute()
         self._window.clear()
         return result
@@ -197,88 +212,24 @@ class Clipper:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         self._seen = [tuple(group["params"]) for group in groups]
         self._selection: Selection = self._names.select(self._optimizer)
+        self._actor.serve(self._selection)
         reduce.require_whole(zip(self._selection.names, self._selection.params, strict=True))
         self._limiter.serve(self._selection)
 
-    def _unscale(self, scaler: GradScaler | None) -> float | Tensor:
-        """Unscale the gradients, or where nothing may be written say what they are still multiplied by."""
-        if scaler is None or not scaler.is_enabled():
-            return 1.0
+    def _unscale(self, scaler: GradScaler) -> float | Tensor:
+        """Unscale the gradients, or where nothing is to be written say what they are still multiplied by."""
         if self._optimizer is None:
             raise ValueError(
                 "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
                 "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
             )
-        if not self._policy.writes:
+        if not self._policy.writes or self._fold is not None:
             return amp.pending_scale(scaler, self._optimizer)
         amp.unscale_(scaler, self._optimizer)
         return 1.0
 
-    def _act(self, outcome: Outcome) -> StepStats:
-        """Guard, write, learn and record. Only a host row can stop or change what happens next."""
-        self._steps += 1
-        row = outcome.row
-        if isinstance(row, Tensor):
-            self._write(outcome)
-            flags = row[Row._fields.index("finite")]
-            self._limiter.learn(outcome, whole=flags != 0)
-            if self._scaled:
-                row[Row._fields.index("overflow")] = row[Row._fields.index("skipped")] = 1 - flags
-                row[Row._fields.index("changed")] *= flags
-            return self._record(outcome, row)
-        if not row.finite and self._scaled:
-            # The scaler calibrates itself by overflowing: it drops the step, and nothing is to be learned from it.
-            return self._record(outcome, row._replace(skipped=1.0, changed=0.0, overflow=1.0))
-        if not row.finite and self._policy.nonfinite != "ignore":
-            return self._mend(outcome, row)
-        if self._policy.action == "skip" and row.clipped:
-            dropped = row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            self._limiter.learn(outcome, whole=bool(row.finite))
-            return self._drop(outcome, dropped, self._limiter.excess)
-        if row.changed:
-            self._write(outcome)
-        self._skips.reset()
-        self._limiter.learn(outcome, whole=bool(row.finite))
-        return self._record(outcome, row)
-
-    def _mend(self, outcome: Outcome, row: Row) -> StepStats:
-        """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
-        policy = self._policy.nonfinite
-        if policy == "raise":
-            self._record(outcome, row)
-            raise nonfinite.error(self._steps - 1, self._culprits())
-        if policy == "skip":
-            row = row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            return self._drop(outcome, row, lambda _: f"non-finite gradients in {self._culprits()}")
-        write.zero_nonfinite_(self._selection.params)
-        gradients = [parameter.grad for parameter in self._selection.params]
-        outcome = self._limiter.judge(gradients, self._steps - 1)
-        row = outcome.row if isinstance(outcome.row, Row) else row
-        if self._policy.action == "skip" and row.clipped:
-            row = row._replace(finite=0.0, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0)
-            return self._drop(outcome, row, self._limiter.excess)
-        if row.changed:
-            self._write(outcome)
-        self._skips.reset()
-        return self._record(outcome, row._replace(finite=0.0, changed=1.0))
-
-    def _write(self, outcome: Outcome) -> None:
-        if self._policy.writes:
-            self._limiter.write(outcome)
-
-    def _drop(self, outcome: Outcome, row: Row, why: Callable[[Outcome], str]) -> StepStats:
-        bounded = not self._scaled
-        reason = why(outcome) if self._skips.speaks(bounded=bounded) else ""
-        write.drop_(self._selection.owned)
-        stats = self._record(outcome, row)
-        self._skips.add(self._steps - 1, reason, warn=reduce.is_first_rank(), bounded=bounded)
-        return stats
-
-    def _culprits(self) -> str:
-        gradients = [parameter.grad for parameter in self._selection.params]
-        return nonfinite.offenders(self._selection.names, gradients)
-
-    def _record(self, outcome: Outcome, row: Row | Tensor) -> StepStats:
+    def _record(self, verdict: Verdict) -> StepStats:
+        outcome, row = verdict.outcome, verdict.row
         self._window.add(row)
         if self._limiter.measured is not None and outcome.measured is not None:
             self._window.add_scopes(self._limiter.measured.names, outcome.measured)
@@ -289,3 +240,11 @@ class Clipper:
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
         return StepStats(row, sizes, limits, self._limiter.scopes)
+
+
+def _fold_for(optimizer: Optimizer | None) -> Fold:
+    if optimizer is None:
+        raise ValueError(
+            "fold=True hands the coefficient to the optimizer, but this clipper has none; pass optimizer= to Clipper"
+        )
+    return Fold(optimizer)

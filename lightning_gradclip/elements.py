@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_gradclip import pnorm, reduce, write
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.measure import Meter
-from lightning_gradclip.plan import BLOCK, SMALL
+from lightning_gradclip.plan import SMALL
+from lightning_gradclip.rows import BLOCK
 from lightning_gradclip.select import Selection
 from lightning_gradclip.stats import Row, pack_elements
 

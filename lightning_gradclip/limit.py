@@ -49,6 +49,7 @@ class Limiter:
         on_host: Whether the host reads the packed row on devices where that is a synchronisation.
 
     Attributes:
+        on_host: As above.
         detailed: Whether to find out at each step what costs passes of its own.
     """
 
@@ -57,7 +58,7 @@ class Limiter:
         self._adaptive = method.adaptive
         self._measure_per = measure_per
         self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
-        self._on_host = on_host
+        self.on_host = on_host
         self._rows_of: tuple[str, ...] = ()
         self._strict = False
         self._arranged: Scopes | Units | None = None
@@ -189,7 +190,7 @@ class Limiter:
         return self._scope_norms(reduce.global_sizes(self._norms(self._params)))
 
     def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
-        return Row(*row.cpu().tolist()) if self._on_host or row.device.type == "cpu" else row
+        return Row(*row.cpu().tolist()) if self.on_host or row.device.type == "cpu" else row
 
     def _arrange(self, sizes: Tensor) -> None:
         if self._arranged is not self.scopes:

@@ -35,9 +35,30 @@ class Skips:
         self.most = most
         self.in_a_row = 0
         self._warned = False
+        self._noted: tuple[Tensor, Tensor] | None = None
 
     def reset(self) -> None:
         self.in_a_row = 0
+
+    def note(self, dropped: Tensor) -> None:
+        """Count a step that a device may have dropped, 1 or 0, 0-d, without looking."""
+        if self._noted is None:
+            self._noted = torch.full_like(dropped, self.in_a_row), torch.zeros_like(dropped)
+        in_a_row = (self._noted[0] + 1) * dropped
+        self._noted = in_a_row, torch.maximum(self._noted[1], in_a_row)
+
+    def review(self, step: int) -> None:
+        """Look at what was noted, which makes the host wait for the device.
+
+        Raises:
+            FloatingPointError: If more than `most` steps in a row were dropped.
+        """
+        if self._noted is None:
+            return
+        in_a_row, longest = (int(count.item()) for count in self._noted)
+        self._noted, self.in_a_row = None, in_a_row
+        if self.most is not None and longest > self.most:
+            raise self._too_many(longest, step, "not finite or over the limit")
 
     def speaks(self, *, bounded: bool) -> bool:
         """Whether the next `add` says why: finding out costs more than counting."""
@@ -51,11 +72,7 @@ class Skips:
         """
         self.in_a_row += 1
         if bounded and self.most is not None and self.in_a_row > self.most:
-            raise FloatingPointError(
-                f"{self.in_a_row} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
-                "training makes no progress. Lower the learning rate, check the data, raise the limit, "
-                f"or raise max_consecutive_skips (now {self.most})"
-            )
+            raise self._too_many(self.in_a_row, step, reason)
         if self._warned:
             return
         self._warned = True
@@ -66,3 +83,10 @@ class Skips:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _too_many(self, count: int, step: int, reason: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{count} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
+            "training makes no progress. Lower the learning rate, check the data, raise the limit, "
+            f"or raise max_consecutive_skips (now {self.most})"
+        )

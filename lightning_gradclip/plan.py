@@ -5,13 +5,6 @@ What costs is, for large tensors, one pass over the memory; for small ones, the 
 - large tensors are read where they lie, as rows of 512 entries, whose norms torch computes on all threads;
 - small ones are copied together, a mebibyte at a time, so that the copy stays in the cache and a call serves many;
 - the few that are neither dense nor real are measured one by one.
-
-Rows also keep the result exact: one float32 sum over 1e8 entries reads 1 % low, while sums of 512, even of equal
-entries, whose rounding errors all agree, stay within 3e-7; the norms of rows are joined in float64.
-
-torch has vectorised kernels for norms of float32, float64 and bfloat16 in their own dtype only. A bfloat16 result has
-three digits: over the thousands of rows of a large tensor these errors average out, to 1e-5 from 2**20 entries on.
-Smaller half tensors are converted first.
 """
 
 import math
@@ -25,18 +18,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import foreach, pnorm
+from lightning_gradclip.rows import BLOCK, REAL, ROW, append_rows, joined, norms_along
 
-ROW = 512
 # Up to here copying a tensor costs less than a call for it.
 SMALL = 2**14
-# Entries copied or converted at once.
-BLOCK = 2**18
-# From here on rows of a bfloat16 tensor are many enough.
-_MANY_ROWS = 2**20
 # So many tensors of one shape are worth a batch of their own.
 _ALIKE = 4
-
-_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class OutdatedError(Exception):
@@ -72,26 +59,26 @@ class Batch:
         chosen = self._chosen(gradients)
         try:
             if len(self.places) == 1:
-                joined = chosen
+                together = chosen
             elif self.shape is not None:
-                joined = torch.stack(chosen)
+                together = torch.stack(chosen)
             else:
-                joined = torch.cat(chosen) if self.alike else foreach.flatten(chosen)
+                together = torch.cat(chosen) if self.alike else foreach.flatten(chosen)
         except (RuntimeError, TypeError) as error:  # one is sparse, on another device, of another shape, or absent
             raise OutdatedError from error
         # A single odd one among them shows in what they make together.
         if (
-            joined is None
-            or joined.dtype is not self.dtype
-            or joined.layout is not torch.strided
-            or joined.device.type != "cpu"
+            together is None
+            or together.dtype is not self.dtype
+            or together.layout is not torch.strided
+            or together.device.type != "cpu"
         ):
             raise OutdatedError
         if self.shape is None:
-            return joined if joined.dim() == 1 else joined.reshape(-1)
-        if joined.shape[len(self.places) > 1 :] != self.shape:
+            return together if together.dim() == 1 else together.reshape(-1)
+        if together.shape[len(self.places) > 1 :] != self.shape:
             raise OutdatedError
-        return joined.reshape(len(self.places), -1)
+        return together.reshape(len(self.places), -1)
 
 
 class Plan:
@@ -115,7 +102,7 @@ class Plan:
             if gradient is None:
                 continue
             self.count += gradient.numel()
-            if gradient.layout is not torch.strided or gradient.dtype not in _REAL:
+            if gradient.layout is not torch.strided or gradient.dtype not in REAL:
                 self._others.append(place)
             elif gradient.numel() < SMALL:
                 shape = gradient.shape if apart else gradient.shape[1:]
@@ -159,7 +146,7 @@ class Plan:
         Raises:
             OutdatedError: If some gradient is not as it was.
         """
-        pieces = [_norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
+        pieces = [norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
         for place, dtype, numel in self._large:
             rows: list[Tensor] = []
             append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
@@ -170,15 +157,6 @@ class Plan:
             return result
         found = torch.cat(pieces)
         return result.index_copy_(0, pnorm.integers_on(tuple(self._tensors), result.device), found)
-
-
-def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
-    """The joint norm of 1-d tensors of norms, 0-d, float64."""
-    if not pieces:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    if len(pieces) == 1 and len(pieces[0]) == 1:
-        return pieces[0][0].double()
-    return pnorm.joint_norm(pieces[0] if len(pieces) == 1 else torch.cat(pieces), norm_type)
 
 
 def _batches(
@@ -228,58 +206,12 @@ def _flat(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
     return value.view(-1) if value.is_contiguous() else value.reshape(-1)
 
 
-def append_rows(pieces: list[Tensor], flat: Tensor, norm_type: float) -> None:
-    """Append norms of pieces of the entries, 1-d, float32 or wider."""
-    numel = flat.numel()
-    if numel == 0:
-        return
-    if norm_type == math.inf:
-        low, high = torch.aminmax(flat)
-        pieces.append(torch.maximum(-low, high).double().view(1))
-        return
-    wide = pnorm.accumulator(flat.dtype, norm_type)
-    if wide is torch.float32:
-        if flat.dtype is torch.float16 or numel < _MANY_ROWS:
-            for block in flat.split(BLOCK):
-                append_rows(pieces, block.float(), norm_type)
-            return
-        wide = None
-    rest = numel % ROW
-    if rest < numel:
-        rows = pnorm.vector_norm(flat[: numel - rest].view(-1, ROW), norm_type, dim=1, dtype=wide)
-        pieces.append(rows.float() if rows.dtype is torch.bfloat16 else rows)
-    if rest:
-        last = pnorm.vector_norm(flat[numel - rest :] if rest < numel else flat, norm_type, dtype=wide)
-        pieces.append(last.double().view(1) if last.dtype is torch.bfloat16 else last.view(1))
-
-
-def _norms_along(matrix: Tensor, norm_type: float) -> Tensor:
-    """The norm of each row of a batch, `(k,)`, float64."""
-    columns = matrix.shape[1]
-    if columns == 0:
-        return torch.zeros(len(matrix), dtype=torch.float64, device="cpu")
-    if norm_type == math.inf:
-        low, high = torch.aminmax(matrix, dim=1)
-        return torch.maximum(-low, high).double()
-    wide = pnorm.accumulator(matrix.dtype, norm_type)
-    if wide is torch.float32:
-        matrix, wide = matrix.float(), None
-    if columns <= ROW:
-        return pnorm.vector_norm(matrix, norm_type, dim=1, dtype=wide).double()
-    whole = columns // ROW * ROW
-    pieces = pnorm.vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2, dtype=wide)
-    if whole < columns:
-        rest = pnorm.vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)
-        pieces = torch.cat((pieces, rest[:, None]), dim=1)
-    return pnorm.vector_norm(pieces.double(), norm_type, dim=1)
-
-
 def _norm_of(gradient: Tensor | None, norm_type: float) -> Tensor:
     """The norm of a gradient that is sparse, complex or of an unusual dtype, `(1,)`, float64."""
     if gradient is None or gradient.device.type != "cpu":
         raise OutdatedError
     value = pnorm.dense_values(gradient)
-    if value.dtype in _REAL:
+    if value.dtype in REAL:
         rows: list[Tensor] = []
         append_rows(rows, value.reshape(-1), norm_type)
         return joined(rows, norm_type).view(1)

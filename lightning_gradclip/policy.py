@@ -64,10 +64,18 @@ class Policy:
         """Whether gradients may be changed."""
         return self.action != "observe"
 
-    @property
-    def decides_on_host(self) -> bool:
-        """Whether the next thing to do depends on what was measured, so that the host must look at it."""
-        return self.nonfinite != "ignore" or self.action == "skip"
+    def decides_on_host(self, *, folds: bool, scaled: bool) -> bool:
+        """Whether the next thing to do depends on what was measured, so that the host must look at it.
+
+        Args:
+            folds: Whether a fused optimizer can leave out the step by itself.
+            scaled: Whether a GradScaler steps the optimizer, which drops what is not finite, and that only.
+        """
+        if not folds:
+            return self.nonfinite != "ignore" or self.action == "skip"
+        if scaled:
+            return self.action == "skip"
+        return self.nonfinite in ("raise", "zero")
 
 
 def require_method(method: object) -> None:
@@ -82,7 +90,7 @@ def require_method(method: object) -> None:
     raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")
 
 
-def check_options(*, measure_per: str | None, fold: bool) -> None:
+def check_options(method: ClipMethod | None, action: str, *, measure_per: str | None, fold: bool) -> None:
     """Check what a clipper takes besides its policy and its patterns."""
     if measure_per is not None:
         checks.choice(
@@ -91,5 +99,13 @@ def check_options(*, measure_per: str | None, fold: bool) -> None:
             MEASURES,
             remedy="None measures the method's own scope only",
         )
-    if checks.flag("fold", fold):
-        raise ValueError("fold=True is not available in this version; use fold=False, which writes the gradients")
+    if not checks.flag("fold", fold):
+        return
+    remedy = "use fold=False"
+    if method is None or action == "observe":
+        raise ValueError(f"fold=True hands over a coefficient, but nothing is to be clipped; {remedy}")
+    if method.per != "model":
+        raise ValueError(
+            f"fold=True hands the optimizer one coefficient, but {method!r} has one for each {method.per}; "
+            f"{remedy}, or a method with per='model'"
+        )

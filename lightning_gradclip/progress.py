@@ -28,9 +28,9 @@ def logs_now(trainer: Trainer, every: int | None) -> bool:
     return not (trainer.lightning_module.automatic_optimization and accumulates(trainer))
 
 
-def ends_now(trainer: Trainer) -> bool:
-    """Whether training ends with this batch, unless something stops it earlier."""
+def ends_now(trainer: Trainer, *, with_next_step: bool = False) -> bool:
+    """Whether training ends with this batch, once a step still to come is taken, unless something stops it earlier."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
-    if steps != -1 and trainer.global_step >= steps:
+    if steps != -1 and trainer.global_step + with_next_step >= steps:
         return True
     return trainer.is_last_batch and epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs

@@ -129,6 +129,25 @@ def pack(
     return torch.stack([values[name] for name in Row._fields])
 
 
+def mark_dropped(row: Tensor, dropped: Tensor) -> Tensor:
+    """The row of a step that a device drops where `dropped`, 0-d, is 1."""
+    values = dict(zip(Row._fields, row.unbind(), strict=True))
+    zero = torch.zeros_like(dropped)
+    values["skipped"] = dropped
+    values["changed"] = torch.maximum(values["changed"], dropped)
+    values["coef"] = torch.where(dropped > 0, zero, values["coef"])
+    values["norm_clipped"] = torch.where(dropped > 0, zero, values["norm_clipped"])
+    return torch.stack([values[name] for name in Row._fields])
+
+
+def mark_overflow(row: Tensor) -> Tensor:
+    """The row of a step that a GradScaler drops if it is not finite."""
+    values = dict(zip(Row._fields, row.unbind(), strict=True))
+    values["overflow"] = values["skipped"] = 1 - values["finite"]
+    values["changed"] = values["changed"] * values["finite"]
+    return torch.stack([values[name] for name in Row._fields])
+
+
 def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tensor, *, detailed: bool) -> Tensor:
     """The same where single entries are limited: `share` of them is outside the bounds, and no factor is applied.
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import pnorm
-from lightning_gradclip.plan import BLOCK, SMALL, Batch, OutdatedError
+from lightning_gradclip.plan import SMALL, Batch, OutdatedError
+from lightning_gradclip.rows import BLOCK
 from lightning_gradclip.scopes import Units
 
 Tensors = Sequence[Tensor | None]

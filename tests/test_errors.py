@@ -152,7 +152,7 @@ def test_arguments_are_checked_where_they_are_given(
 
 
 def test_what_this_version_cannot_do_is_refused() -> None:
-    for options in ({"history": True}, {"history": "folder"}, {"fold": True}):
+    for options in ({"history": True}, {"history": "folder"}):
         with pytest.raises(ValueError, match="is not available in this version; use"):
             clipping(**options)
 

@@ -401,7 +401,8 @@ class TestArguments:
         if nonfinite is None:
             assert policy.nonfinite == ("ignore" if observes else "skip")
         assert policy.writes is not observes
-        assert policy.decides_on_host == (policy.nonfinite != "ignore" or (action == "skip" and not observes))
+        looks = policy.decides_on_host(folds=False, scaled=False)
+        assert looks == (policy.nonfinite != "ignore" or (action == "skip" and not observes))
 
     @pytest.mark.parametrize("build", [clipper_for, callback_for])
     @pytest.mark.parametrize(
@@ -461,9 +462,15 @@ class TestArguments:
             ({"exclude": [""]}, TypeError, "exclude holds '', which is no pattern; write exclude=['encoder.*']"),
             ({"fold": "yes"}, TypeError, "fold must be True or False, got 'yes' (str)"),
             (
-                {"fold": True},
+                {"fold": True, "method": None},
                 ValueError,
-                "fold=True is not available in this version; use fold=False, which writes the gradients",
+                "fold=True hands over a coefficient, but nothing is to be clipped; use fold=False",
+            ),
+            (
+                {"fold": True, "method": AGC()},
+                ValueError,
+                "fold=True hands the optimizer one coefficient, but AGC(clip_factor=0.01, eps=0.001, per='unit') has one "
+                "for each unit; use fold=False, or a method with per='model'",
             ),
             (
                 {"method": NormClip},
