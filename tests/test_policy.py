@@ -15,7 +15,7 @@ from gradients import Witness, named, same_bits
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_gradclip import ClipMethod, Clipper, GradientClipping, NormClip
+from lightning_gradclip import AGC, ClipMethod, Clipper, GradientClipping, NormClip
 from lightning_gradclip.policy import ACTIONS, NONFINITE, Policy
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -469,8 +469,8 @@ class TestArguments:
             (
                 {"fold": True, "method": AGC()},
                 ValueError,
-                "fold=True hands the optimizer one coefficient, but AGC(clip_factor=0.01, eps=0.001, per='unit') has one "
-                "for each unit; use fold=False, or a method with per='model'",
+                "fold=True hands the optimizer one coefficient, but AGC(clip_factor=0.01, eps=0.001, per='unit') has "
+                "one for each unit; use fold=False, or a method with per='model'",
             ),
             (
                 {"method": NormClip},
