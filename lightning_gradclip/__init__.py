@@ -8,6 +8,8 @@ is first used.
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     # The only list of public names. Type checkers read it as imports, `_public_names` as text.
     from lightning_gradclip.callback import GradientClipping as GradientClipping
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from lightning_gradclip.methods.value import ValueClip as ValueClip
     from lightning_gradclip.methods.zclip import ZClip as ZClip
     from lightning_gradclip.stats import StepStats as StepStats
-
-    __version__: str
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
 
@@ -35,10 +35,6 @@ else:
         return {w[3]: w[1] for w in words if w[:1] == ["from"] and w[4:5] == ["as"]}
 
     def __getattr__(name):
-        if name == "__version__":
-            from importlib.metadata import version
-
-            return version("lightning-gradclip")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from application import Application
 from boring import Prescribed, fit, gradients, weights
-from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+from hydra import compose, initialize, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
-from lightning_gradclip import ClipMethod, GradientClipping, NormClip
+from lightning_gradclip import AGC, ClipMethod, GradientClipping, NormClip
 
 PACK = files("lightning_gradclip.conf") / "callbacks" / "gradclip"
 METHODS = files("lightning_gradclip.methods")
@@ -33,6 +35,7 @@ OPTIONS = sorted(
 )
 # A method's YAML is named like its module; the other options are presets.
 METHOD_OPTIONS = [name for name in OPTIONS if (METHODS / f"{name}.py").is_file()]
+PRESETS = [name for name in OPTIONS if name not in (*METHOD_OPTIONS, "none")]
 
 
 def method_of(option: str) -> type[ClipMethod]:
@@ -50,36 +53,29 @@ SCHEDULED = [
 
 # Hydra 1.3 wraps what a constructor raises, Hydra 1.4 adds the key to it.
 REFUSED = (InstantiationException, TypeError)
+REFUSED_VALUE = (*REFUSED, ValueError)
 
-TRAIN = """
-import json, sys
-import hydra
-from omegaconf import OmegaConf
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(cfg):
-    print(json.dumps({"cfg": OmegaConf.to_container(cfg), "modules": sorted(sys.modules)}))
-
-main()
-"""
+# Every option of the callback at a value that is not its default.
+OPTIONS_OF_THE_CALLBACK = {
+    "action": "observe",
+    "nonfinite": "raise",
+    "max_consecutive_skips": 3,
+    "include": ["encoder.*"],
+    "exclude": "*.bias",
+    "optimizer": 1,
+    "name": "other",
+    "log": False,
+    "log_every_n_steps": 2,
+    "measure_per": "layer",
+    "prog_bar": True,
+}
+NOT_AVAILABLE = {"history", "fold"}
 
 
 @pytest.fixture(scope="module")
 def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Somebody's application, in a directory of its own."""
-    root = tmp_path_factory.mktemp("application")
-    written = {
-        "train.py": TRAIN,
-        "configs/train.yaml": "seed: 1\n",
-        "configs/train_clipped.yaml": "defaults: [_self_, {callbacks/gradclip: norm}]\n",
-        "configs/callbacks/checkpoint.yaml": "checkpoint: {_target_: builtins.dict}\n",
-        "configs/callbacks/gradclip/mine.yaml": ("defaults: [norm, _self_]\nname: mine\nmethod: {max_norm: 0.1}\n"),
-    }
-    for name, text in written.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+    return Application.copied(tmp_path_factory.mktemp("elsewhere")).folder
 
 
 def composed(application: Path, *overrides: str, config_name: str = "train") -> DictConfig:
@@ -93,55 +89,6 @@ def composed_from_file(application: Path, folder: Path, text: str) -> DictConfig
     file.parent.mkdir(parents=True)
     file.write_text(text)
     return composed(application, f"hydra.searchpath=[file://{folder}]", "+callbacks/gradclip=written")
-
-
-def run(application: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Start the application as its user does."""
-    unwritten = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=stdout"]
-    return subprocess.run(
-        [sys.executable, "train.py", *overrides, *unwritten],
-        cwd=application,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.fixture(scope="module")
-def started(application: Path) -> dict:
-    process = run(application, "+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm=0.5")
-    assert process.returncode == 0, process.stderr
-    # Hydra's plugin scanner would warn every user about a plugin it cannot load.
-    assert "plugin" not in process.stderr.lower()
-    return json.loads(process.stdout)
-
-
-def test_an_application_gets_the_callback_without_a_file_of_its_own(started: dict) -> None:
-    assert started["cfg"]["seed"] == 1
-    node = started["cfg"]["callbacks"]["gradclip"]
-    assert node["_target_"] == "lightning_gradclip.GradientClipping"
-    assert node["method"]["_target_"] == "lightning_gradclip.NormClip"
-    assert node["method"]["max_norm"] == 0.5
-
-
-def test_composing_imports_neither_torch_nor_lightning(started: dict) -> None:
-    roots = {name.split(".")[0] for name in started["modules"]}
-    assert {"hydra", "lightning_gradclip"} <= roots
-    heavy = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy"}
-    assert not heavy & roots
-
-
-def test_a_typo_on_the_command_line_shows_key_value_and_remedy(application: Path) -> None:
-    process = run(application, "+callbacks/gradclip=norm", "callbacks.gradclip.method.max_nrm=0.5")
-    assert process.returncode == 1
-    assert "callbacks.gradclip.method.max_nrm=0.5" in process.stderr
-    assert "'max_nrm' is not in struct" in process.stderr
-
-
-def test_the_group_moves_with_its_package(application: Path) -> None:
-    cfg = composed(application, "+callbacks/gradclip@gradclip=norm", "gradclip.method.max_norm=2")
-    assert cfg.gradclip.method.max_norm == 2
-    assert "callbacks" not in cfg
 
 
 def test_two_callbacks_at_once(application: Path) -> None:
@@ -197,19 +144,9 @@ def test_several_callbacks_each_clip_their_own_part(application: Path, overrides
     assert {key.partition("/")[0] for key in trainer.callback_metrics if "/" in key} == set(callbacks)
 
 
-def test_the_application_keeps_its_own_callbacks(application: Path) -> None:
-    cfg = composed(application, "+callbacks=checkpoint", "+callbacks/gradclip=norm")
-    assert list(cfg.callbacks) == ["checkpoint", "gradclip"]
-
-
-def test_monitor_has_no_method(application: Path) -> None:
-    cfg = composed(application, "+callbacks/gradclip=monitor")
-    assert cfg.callbacks.gradclip.method is None
-
-
 def test_none_replaces_an_applications_default(application: Path) -> None:
     for settings in ([], ["+callbacks.gradclip.exclude='head.*'", "+callbacks.gradclip.method.max_norm=2"]):
-        cfg = composed(application, "callbacks/gradclip=none", *settings, config_name="train_clipped")
+        cfg = composed(application, "callbacks/gradclip=none", *settings, config_name="clipped")
         assert type(instantiate(cfg.callbacks).gradclip) is Callback
 
 
@@ -259,7 +196,7 @@ def test_a_schedule_is_quoted_in_a_shell(application: Path) -> None:
         timeout=60,
     )
     assert process.returncode == 0, process.stderr
-    method = json.loads(process.stdout)["cfg"]["callbacks"]["gradclip"]["method"]
+    method = json.loads(process.stdout)["callbacks"]["gradclip"]["method"]
     # As JSON has it: keys are strings.
     assert method["max_value"] == {"0": 10, "1000": 1}
     assert method["min_value"] == {"0": -2.5, "10": -math.inf}
@@ -275,11 +212,6 @@ def test_infinity_is_written_in_two_ways(application: Path, tmp_path: Path) -> N
         assert method == NormClip(norm_type=math.inf, max_norm={0: math.inf, 10: 1.0})
 
 
-def test_an_applications_option_builds_on_the_pack(application: Path) -> None:
-    node = composed(application, "+callbacks/gradclip=mine").callbacks.gradclip
-    assert (node.name, node.method.max_norm, node.method.per) == ("mine", 0.1, "model")
-
-
 def test_an_applications_file_wins_over_the_packs(application: Path, tmp_path: Path) -> None:
     own = tmp_path / "configs" / "callbacks" / "gradclip" / "norm.yaml"
     own.parent.mkdir(parents=True)
@@ -289,19 +221,63 @@ def test_an_applications_file_wins_over_the_packs(application: Path, tmp_path: P
     assert cfg.callbacks.gradclip == {"own": True}
 
 
-def test_the_pack_can_be_named_on_the_search_path(application: Path) -> None:
-    cfg = composed(
-        application,
-        "hydra.searchpath=[pkg://lightning_gradclip.conf]",
-        "+callbacks/gradclip=norm",
-    )
-    assert cfg.callbacks.gradclip.method.max_norm == 1.0
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_instantiates(application: Path, name: str) -> None:
     cfg = composed(application, f"+callbacks/gradclip={name}")
     assert isinstance(instantiate(cfg.callbacks).gradclip, Callback)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "none"])
+def test_every_option_of_the_callback_is_set_beside_every_method(application: Path, name: str) -> None:
+    values = OPTIONS_OF_THE_CALLBACK
+    assert values.keys() | NOT_AVAILABLE | {"method"} == defaults_of(GradientClipping).keys()
+    lines = [f"callbacks.gradclip.{key}={json.dumps(value)}" for key, value in values.items()]
+    node = composed(application, f"+callbacks/gradclip={name}", *lines).callbacks.gradclip
+    assert {key: plain(node[key]) for key in values} == values
+    assert isinstance(instantiate(node), GradientClipping)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_explains_itself(name: str) -> None:
+    for file in (f"{name}.yaml", "_callback.yaml"):
+        first, *lines = (PACK / file).read_text(encoding="utf-8").splitlines()
+        assert first.startswith("# ")
+        settings = [line for line in lines if re.match(r"\s*[a-z]\w*: *\S", line) and not line.startswith("defaults")]
+        assert [line for line in settings if "  # " not in line] == []
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_written_configuration_is_read_back_the_same(application: Path, tmp_path: Path, name: str) -> None:
+    cfg = composed(application, f"+callbacks/gradclip={name}")
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    read = OmegaConf.load(tmp_path / "config.yaml")
+    assert read == cfg
+    OmegaConf.set_readonly(read, True)
+    (made,) = instantiate(read.callbacks, _convert_="all").values()
+    assert type(made) is type(instantiate(cfg.callbacks.gradclip))
+    assert getattr(made, "method", None) == getattr(instantiate(cfg.callbacks.gradclip), "method", None)
+
+
+def test_what_a_run_has_saved_makes_the_same_callback(tmp_path: Path) -> None:
+    application = Application.copied(tmp_path)
+    line = ["+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm={0:inf,1000:1}"]
+    (first,) = application.start(*line, "hydra.run.dir=out", quiet=False).printed
+    read = OmegaConf.load(application.folder / "out" / ".hydra" / "config.yaml")
+    assert instantiate(read.callbacks.gradclip).method == NormClip(max_norm={0: math.inf, 1000: 1.0})
+    assert application.shown("--config-path=out/.hydra", "--config-name=config").printed == [first]
+
+
+def test_a_notebook_composes() -> None:
+    with initialize(config_path="foreign/configs", version_base="1.3"):
+        cfg = compose("clipped", ["callbacks/gradclip=agc", "callbacks.gradclip.method.clip_factor=0.1"])
+    assert instantiate(cfg.callbacks.gradclip).method == AGC(clip_factor=0.1)
+
+
+def test_a_trainer_takes_the_callback_by_itself(application: Path) -> None:
+    """For an application that makes nothing but `trainer`."""
+    cfg = composed(application, "trainer=once", "+callbacks/gradclip@trainer.callbacks=norm")
+    trainer = instantiate(cfg.trainer)
+    assert any(isinstance(callback, GradientClipping) for callback in trainer.callbacks)
 
 
 def plain(value: object) -> object:
@@ -327,13 +303,28 @@ def test_a_methods_file_holds_every_argument_at_its_default(application: Path, n
     assert repr(options_of(node)) == repr(defaults_of(get_class(node._target_)))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in (*METHOD_OPTIONS, "none")])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_keys_are_arguments(application: Path, name: str) -> None:
     node = composed(application, f"+callbacks/gradclip={name}").callbacks.gradclip
     for part in (node, node.get("method")):
         if part is not None:
             accepted = inspect.signature(get_class(part._target_)).parameters
             assert options_of(part).keys() <= accepted.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_lists_its_deviations_and_nothing_else(application: Path, name: str) -> None:
+    with (PACK / f"{name}.yaml").open() as file:
+        written = OmegaConf.to_container(OmegaConf.load(file))
+    (base,) = [default for default in written.pop("defaults") if default != "_self_"]
+    # The shared file leaves the method open.
+    base = {"_callback": "monitor"}.get(base, base)
+    node = composed(application, f"+callbacks/gradclip={base}").callbacks.gradclip
+    for key, value in written.items():
+        if key != "method":
+            assert value != node[key]
+    for key, value in (written["method"] or {}).items():
+        assert value != node.method[key]
 
 
 def test_the_shared_file_holds_every_option_at_its_default() -> None:
@@ -347,20 +338,41 @@ def test_the_shared_file_holds_every_option_at_its_default() -> None:
     assert repr(options_of(node)) == repr(defaults)
 
 
-def test_an_unknown_option_is_answered_with_the_known_ones(application: Path) -> None:
-    with pytest.raises(MissingConfigException, match=r"callbacks/gradclip/nrom'[\s\S]*\n\tnorm"):
-        composed(application, "+callbacks/gradclip=nrom")
-
-
-def test_a_missing_plus_is_explained(application: Path) -> None:
-    with pytest.raises(ConfigCompositionException, match=r"\+callbacks/gradclip=norm"):
-        composed(application, "callbacks/gradclip=norm")
-
-
 def test_an_unknown_argument_is_named(application: Path) -> None:
     node = composed(application, "+callbacks/gradclip=norm", "+callbacks.gradclip.method.max_nrm=1")
     with pytest.raises(REFUSED, match="max_nrm"):
         instantiate(node.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.max_norm=-1", "max_norm must be > 0, got -1; to measure without clipping use method=None"),
+        ("method.per=modl", "per must be one of 'model', 'group', 'layer', 'parameter', got 'modl'"),
+        ("action=clamp", "action must be one of 'clip', 'skip', 'observe', got 'clamp'"),
+        # An option's name where a method belongs.
+        ("method=norm", "method must be a clipping method, got 'norm' (str); write method=NormClip(max_norm=1.0)"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_key(application: Path, override: str, said: str) -> None:
+    node = composed(application, "+callbacks/gradclip=norm", f"callbacks.gradclip.{override}").callbacks
+    with pytest.raises(REFUSED_VALUE) as failure:
+        instantiate(node)
+    assert said in str(failure.value)
+    key = "callbacks.gradclip.method" if override.startswith("method.") else "callbacks.gradclip"
+    assert f"full_key: {key}" in f"{failure.value}\n{getattr(failure.value, '__notes__', '')}"
+
+
+def test_two_methods_merged_into_one_are_refused(application: Path) -> None:
+    node = composed(application, "+callbacks/gradclip=[norm,zclip]").callbacks
+    with pytest.raises(REFUSED, match=r"ZClip[\s\S]*'norm_type'"):
+        instantiate(node)
+
+
+def test_the_shared_file_is_no_option(application: Path) -> None:
+    node = composed(application, "+callbacks/gradclip=_callback").callbacks
+    with pytest.raises(MissingMandatoryValue, match=r"callbacks\.gradclip\.method"):
+        instantiate(node)
 
 
 @pytest.mark.parametrize("value", ["maybe", "true", "[1,2]", "null"])

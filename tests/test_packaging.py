@@ -4,38 +4,33 @@ The quick tests run always. Those that build and install run by `pytest -m packa
 package index and the `dev` extra.
 """
 
-import json
+import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import trove_classifiers
+from application import Application
+from command_lines import (
+    REFUSED,
+    TRAINING,
+    WORKING,
+    a_method_and_its_setting,
+    info_shows_where_the_pack_comes_from,
+    the_pack_on_the_search_path,
+)
 
 import lightning_gradclip
 
 ROOT = Path(__file__).parents[1]
-
-# Hydra is all that composing needs: an environment without torch proves it.
-COMPOSE = """
-import json, sys
-import hydra, lightning_gradclip
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-
-with initialize_config_module("hydra.conf", version_base="1.3"):
-    cfg = compose(overrides=["+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm=0.5"])
-print(json.dumps({
-    "cfg": OmegaConf.to_container(cfg),
-    "hydra": hydra.__version__,
-    "package": lightning_gradclip.__file__,
-    "torch": "torch" in sys.modules,
-    "version": lightning_gradclip.__version__,
-}))
-"""
 
 
 def execute(*command: object, cwd: Path) -> str:
@@ -49,6 +44,16 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     roots = {name.split(".")[0] for name in execute(sys.executable, "-c", code, cwd=tmp_path).split()}
     assert "lightning_gradclip" in roots
     assert not {"torch", "lightning", "torchmetrics", "hydra", "omegaconf"} & roots
+
+
+def test_finding_the_pack_imports_four_small_modules(tmp_path: Path) -> None:
+    code = (
+        "import sys, hydra.main, hydra.core.plugins; before = set(sys.modules); "
+        "import lightning_gradclip.hydra.search_path; print(*sorted(set(sys.modules) - before))"
+    )
+    added = execute(sys.executable, "-c", code, cwd=tmp_path).split()
+    package = "lightning_gradclip"
+    assert set(added) - {f"{package}.hydra.finder"} == {package, f"{package}.hydra", f"{package}.hydra.search_path"}
 
 
 def test_every_public_name_resolves_to_itself() -> None:
@@ -76,37 +81,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sdist, and the wheel built from it: `build` unpacks the one to make the other."""
     out = tmp_path_factory.mktemp("dist")
-    execute(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    execute(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out)
     (wheel,) = out.glob("*.whl")
     (sdist,) = out.glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment that holds Hydra and the build backend."""
-    root = tmp_path_factory.mktemp("environment")
-    venv.create(root, with_pip=True)
-    python = root / "bin" / "python"
-    execute(python, "-m", "pip", "install", "-q", "hydra-core>=1.3.2,<1.4", "hatchling", cwd=root)
-    return python
-
-
-@pytest.fixture
-def install(python: Path, tmp_path: Path) -> Iterator[list[object]]:
-    """The start of an install command; what it installs is removed afterwards."""
-    yield [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    execute(python, "-m", "pip", "uninstall", "-q", "-y", "lightning-gradclip", cwd=tmp_path)
-
-
-def assert_composes(python: Path, elsewhere: Path) -> Path:
-    """Compose the pack away from the checkout and return the folder of the package."""
-    printed = json.loads(execute(python, "-W", "error", "-c", COMPOSE, cwd=elsewhere))
-    assert printed["hydra"].startswith("1.3.")
-    assert printed["version"] == lightning_gradclip.__version__
-    assert printed["cfg"]["callbacks"]["gradclip"]["method"]["max_norm"] == 0.5
-    assert not printed["torch"]
-    return Path(printed["package"]).parent
 
 
 @pytest.mark.packaging
@@ -117,31 +95,124 @@ def test_the_wheel_holds_the_package_the_pack_and_the_plugin(distributions: dict
     # A namespace of many distributions: an `__init__.py` of ours would hide the others.
     assert {n for n in names if n.startswith("hydra_plugins/")} == {"hydra_plugins/lightning_gradclip.py"}
     assert {"lightning_gradclip/py.typed", "lightning_gradclip/conf/__init__.py"} <= names
-    written = {f"lightning_gradclip/{p.relative_to(ROOT)}" for p in ROOT.glob("conf/**/*.yaml")}
+    written = {f"lightning_gradclip/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("conf/**/*.yaml")}
     assert written == {n for n in names if n.endswith(".yaml")}
+    code = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("lightning_gradclip/**/*.py")}
+    # The re-export lies where Hydra 1.3 looks, and only there.
+    assert code - names == {"lightning_gradclip/hydra/namespace_plugin.py"}
 
 
 @pytest.mark.packaging
-def test_the_sdist_holds_what_building_and_testing_need(distributions: dict) -> None:
+def test_the_sdist_holds_the_checkout_and_nothing_else(distributions: dict) -> None:
     with tarfile.open(distributions["sdist"]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "conf/__init__.py"} <= names
-    for folder in ("lightning_gradclip", "conf", "tests"):
-        written = {
-            str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".yaml"}
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    if not (ROOT / ".git").exists():
+        pytest.skip("only a git checkout knows its files")
+    listed = execute("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    assert names - {"PKG-INFO"} == {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
+
+@pytest.mark.packaging
+def test_the_metadata_is_what_an_index_takes(distributions: dict, tmp_path: Path) -> None:
+    execute(sys.executable, "-m", "twine", "check", "--strict", *distributions.values(), cwd=tmp_path)
+    with zipfile.ZipFile(distributions["wheel"]) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(file))
+    assert metadata["Version"] == lightning_gradclip.__version__
+    listed = set(metadata.get_all("Classifier", ()))
+    assert listed <= set(trove_classifiers.classifiers)
+    minors = [name.rpartition(" 3.")[2] for name in listed if "Python :: 3." in name]
+    assert metadata["Requires-Python"] == f">=3.{min(map(int, minors))}"
+
+
+@dataclass
+class Environment:
+    """A fresh virtual environment that holds Hydra, all that composing needs."""
+
+    python: Path
+    application: Application
+
+    def install(self, *what: object, by: str = "pip") -> None:
+        installers = {
+            "pip": [sys.executable, "-m", "pip", "--python", self.python, "install", "-q"],
+            "uv": [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", self.python],
         }
-        assert written <= names
+        execute(*installers[by], "--no-deps", *what, cwd=self.application.folder)
+
+    def uninstall(self) -> None:
+        command = [sys.executable, "-m", "pip", "--python", self.python, "uninstall", "-q", "-y", "lightning-gradclip"]
+        execute(*command, cwd=self.application.folder)
+
+    def ask(self, code: str) -> str:
+        return execute(self.python, "-W", "error", "-c", code, cwd=self.application.folder).strip()
+
+    @property
+    def library(self) -> Path:
+        return Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
+
+    @property
+    def files(self) -> set[Path]:
+        return {path for path in self.library.rglob("*") if "gradclip" in str(path) or "hydra_plugins" in str(path)}
+
+
+# A pre-release has to be asked for.
+HYDRA = {"1.3": "hydra-core>=1.3.2,<1.4", "1.4": "hydra-core>=1.4.0rc3,<1.5"}
+
+
+@pytest.fixture(scope="module", params=list(HYDRA))
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root / "venv", with_pip=False)
+    python = root / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    execute(sys.executable, "-m", "pip", "--python", python, "install", "-q", HYDRA[request.param], cwd=root)
+    environment = Environment(python, Application.copied(root, python))
+    assert environment.ask("import hydra; print(hydra.__version__)").startswith(request.param)
+    assert environment.files == set()
+    return environment
+
+
+@pytest.fixture
+def installed(environment: Environment, request: pytest.FixtureRequest, distributions: dict) -> Iterator[Environment]:
+    """The environment with the package in it, which goes again and leaves nothing behind."""
+    by, kind = request.param.split()
+    environment.install(*(["-e", ROOT] if kind == "editable" else [distributions[kind]]), by=by)
+    yield environment
+    environment.uninstall()
+    left = {path for path in environment.files if path.name not in ("__pycache__", "hydra_plugins")}
+    assert left == set()
+    # To Hydra it is an unknown group again.
+    said = environment.application.refused("callbacks/gradclip=norm", "--config-name=clipped")
+    assert "lightning_gradclip" not in said
 
 
 @pytest.mark.packaging
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_a_distribution_composes(kind: str, distributions: dict, install: list, python: Path, tmp_path: Path) -> None:
-    execute(*install, distributions[kind], cwd=tmp_path)
-    package = assert_composes(python, tmp_path)
-    assert package.is_relative_to(python.parents[1])
+@pytest.mark.parametrize("installed", ["pip wheel", "pip sdist"], indirect=True)
+def test_a_distribution_serves_a_foreign_application(installed: Environment) -> None:
+    package = Path(installed.ask("import lightning_gradclip; print(lightning_gradclip.__file__)"))
+    assert package.is_relative_to(installed.library)
+    for line in WORKING:
+        line(installed.application)
 
 
 @pytest.mark.packaging
-def test_an_editable_install_composes(install: list, python: Path, tmp_path: Path) -> None:
-    execute(*install, "-e", ROOT, cwd=tmp_path)
-    assert assert_composes(python, tmp_path) == ROOT / "lightning_gradclip"
+@pytest.mark.parametrize("installed", ["pip editable", "uv editable", "uv wheel", "uv sdist"], indirect=True)
+def test_every_other_way_to_install_is_found(installed: Environment) -> None:
+    for line in (a_method_and_its_setting, the_pack_on_the_search_path, info_shows_where_the_pack_comes_from):
+        line(installed.application)
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("installed", ["pip wheel"], indirect=True)
+def test_a_foreign_application_trains_and_is_told_its_mistakes(installed: Environment) -> None:
+    # What torch needs lies beside the tests and comes last on the path; Hydra and this package are the environment's.
+    beside = installed.library / "beside.pth"
+    beside.write_text(sysconfig.get_path("purelib"))
+    try:
+        where = installed.ask("import hydra, lightning_gradclip as us; print(hydra.__file__, us.__file__, sep='\\n')")
+        assert all(Path(file).is_relative_to(installed.library) for file in where.splitlines())
+        for line in [*REFUSED, *TRAINING]:
+            line(installed.application)
+        said = subprocess.run([installed.python, "-m", "pip", "check"], capture_output=True, text=True, timeout=120)
+        assert [line for line in said.stdout.splitlines() if line.startswith("lightning-gradclip ")] == []
+    finally:
+        beside.unlink()
