@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-packaging lint types check format clean
+.PHONY: help demo test test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,13 +18,14 @@ test: $(VENV)/.ready  ## run the tests
 	@echo "==> Running the tests"
 	$(BIN)/python -m pytest
 
-test-packaging: $(VENV)/.ready-dev  ## build wheel and sdist and install each into a fresh environment
-	@echo "==> Building and installing the distributions"
+test-packaging: $(VENV)/.ready-dev  ## build, install into fresh environments, run a foreign application (three minutes)
+	@echo "==> Building and installing the distributions, on Hydra 1.3 and 1.4"
 	$(BIN)/python -m pytest -m packaging
 
 lint: $(VENV)/.ready-dev  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 types: $(VENV)/.ready-dev  ## check types of the package, strictly
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -34,6 +35,11 @@ check: lint types test test-packaging  ## everything that a pull request must pa
 format: $(VENV)/.ready-dev  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dist: $(VENV)/.ready-dev  ## build wheel and sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove the environment and everything that was written
 	rm -rf $(VENV) outputs multirun dist build .pytest_cache .ruff_cache .hypothesis
