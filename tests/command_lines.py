@@ -27,6 +27,14 @@ def a_schedule(application: Application) -> None:
     assert config["callbacks"]["gradclip"]["method"]["max_norm"] == {"0": 10, "1000": 1}
 
 
+def a_schedule_over_a_schedule(application: Application) -> None:
+    option, name = "+callbacks/gradclip=scheduled", "callbacks.gradclip.method.max_norm"
+    config = application.composed(option, f"{name}=null", f"{name}={{0:5,500:1}}")
+    assert config["callbacks"]["gradclip"]["method"]["max_norm"] == {"0": 5, "500": 1}
+    # Hydra merges the points of the two otherwise, and refuses new ones.
+    assert "Key '500' is not in struct" in application.refused(option, f"{name}={{0:5,500:1}}")
+
+
 def three_callbacks(application: Application) -> None:
     lines = [
         *("+callbacks/gradclip@callbacks.body=agc", "callbacks.body.name=body", "callbacks.body.exclude=['head.*']"),
@@ -131,6 +139,7 @@ def a_sweep_over_methods_and_settings(application: Application) -> None:
 WORKING: list[Line] = [
     a_method_and_its_setting,
     a_schedule,
+    a_schedule_over_a_schedule,
     three_callbacks,
     another_place,
     the_applications_own_option,

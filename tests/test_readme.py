@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from application import Application
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,21 +46,49 @@ def test_example_commands_run(command: str, tmp_path: Path) -> None:
     run([str(ROOT / script), *arguments, *short], tmp_path)
 
 
+def blocks_in_files(folder: Path) -> None:
+    """Writes the section's YAML into an application: its defaults list and an option of the reader's own."""
+    primary, _, option = blocks("yaml")
+    (folder / "configs" / "train.yaml").write_text(primary)
+    (folder / "configs" / "callbacks" / "gradclip" / "mine.yaml").write_text(option)
+
+
 @pytest.mark.parametrize("command", commands("python train.py"))
 def test_foreign_commands_compose(command: str, tmp_path: Path) -> None:
-    """`train.py` stands for the reader's application, with the defaults list of the YAML block."""
-    *_, arguments = "", shlex.split(command)[2:]
-    added = any(argument.startswith("+callbacks/gradclip=") for argument in arguments)
-    (tmp_path / "train.yaml").write_text("defaults:\n  - _self_\n" if added else blocks("yaml")[0])
-    (tmp_path / "train.py").write_text(
-        "import hydra\n"
-        "@hydra.main(version_base='1.3', config_path='.', config_name='train')\n"
-        "def main(config):\n"
-        "    for node in config.callbacks.values():\n"
-        "        print('made', type(hydra.utils.instantiate(node)).__name__)\n"
-        "main()\n"
+    """`train.py` stands for the reader's application."""
+    application = Application.copied(tmp_path)
+    arguments = shlex.split(command)[2:]
+    if not arguments[0].startswith("+"):
+        blocks_in_files(application.folder)
+    assert (
+        application.composed(*arguments)["callbacks"]["gradclip"]["_target_"] == "lightning_gradclip.GradientClipping"
     )
-    assert "made" in run([str(tmp_path / "train.py"), *arguments], tmp_path)
+
+
+def command_line_forms() -> list[str]:
+    """What the Hydra section's first table shows, one a row."""
+    table = README.partition("| write after `python train.py` |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| [^|`]+ \| `([^`]+)`", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("form", command_line_forms())
+def test_command_line_forms_compose(form: str, tmp_path: Path) -> None:
+    application = Application.copied(tmp_path)
+    arguments = shlex.split(form)
+    # Which of the three applications a row speaks of.
+    adds = arguments[0].startswith("+")
+    flags = ["--config-name=" + ("train" if adds else "template" if "default" in form else "clipped")]
+    if not {"-m", "--cfg=job"} & set(arguments):
+        flags.append("--cfg=job")
+    shown = application.shown(*arguments, *flags).stdout
+    assert "lightning_gradclip." in shown
+
+
+def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> None:
+    application = Application.copied(tmp_path)
+    (application.folder / "configs" / "experiment" / "readme.yaml").write_text(blocks("yaml")[1])
+    node = application.composed("experiment=readme", "--config-name=clipped")["callbacks"]["gradclip"]
+    assert node["method"]["_target_"] == "lightning_gradclip.ZClip"
 
 
 def test_the_examples_beside_the_demo_run(tmp_path: Path) -> None:
