@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 FOREIGN = Path(__file__).parent / "foreign"
 
@@ -45,11 +48,15 @@ class Application:
     def copied(cls, parent: Path, python: Path = Path(sys.executable)) -> "Application":
         return cls(Path(shutil.copytree(FOREIGN, parent / "application")), python)
 
+    def tries(self, lines: Iterable[Callable[["Application"], None]]) -> None:
+        """Run several command lines, two at a time."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda line: line(self), lines))
+
     def start(self, *arguments: str, quiet: bool = True, **variables: str) -> Started:
         """Run `train.py` with these arguments, writing no folders if quiet."""
         unwritten = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=.", "hydra/job_logging=disabled"]
-        modules = self.folder / "modules.txt"
-        modules.unlink(missing_ok=True)
+        modules = self.folder / f"{uuid4()}.txt"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HYDRA"))}
         process = subprocess.run(
             [self.python, "train.py", *(unwritten if quiet else []), *arguments],
