@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email import message_from_bytes
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -119,12 +118,10 @@ def test_the_metadata_is_what_an_index_takes(distributions: dict, tmp_path: Path
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(archive.read(file))
     assert metadata["Version"] == lightning_gradclip.__version__
-    listed = set(metadata.get_all("Classifier", ()))
-    # Comes with hatchling.
-    trove_classifiers = import_module("trove_classifiers")
-    assert listed <= set(trove_classifiers.classifiers)
-    minors = [name.rpartition(" 3.")[2] for name in listed if "Python :: 3." in name]
-    assert metadata["Requires-Python"] == f">=3.{min(map(int, minors))}"
+    # Hatchling has refused classifiers that do not exist.
+    listed = [name.rpartition(" :: 3.") for name in metadata.get_all("Classifier", ())]
+    minors = [int(minor) for _, found, minor in listed if found]
+    assert metadata["Requires-Python"] == f">=3.{min(minors)}"
 
 
 @dataclass
