@@ -69,7 +69,8 @@ OPTIONS_OF_THE_CALLBACK = {
     "measure_per": "layer",
     "prog_bar": True,
 }
-NOT_AVAILABLE = {"history", "fold"}
+# Not available in this version, and for methods with a single coefficient.
+NOT_BESIDE_EVERY_METHOD = {"history", "fold"}
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +231,18 @@ def test_every_option_instantiates(application: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "none"])
 def test_every_option_of_the_callback_is_set_beside_every_method(application: Path, name: str) -> None:
     values = OPTIONS_OF_THE_CALLBACK
-    assert values.keys() | NOT_AVAILABLE | {"method"} == defaults_of(GradientClipping).keys()
+    assert values.keys() | NOT_BESIDE_EVERY_METHOD | {"method"} == defaults_of(GradientClipping).keys()
     lines = [f"callbacks.gradclip.{key}={json.dumps(value)}" for key, value in values.items()]
     node = composed(application, f"+callbacks/gradclip={name}", *lines).callbacks.gradclip
     assert {key: plain(node[key]) for key in values} == values
     assert isinstance(instantiate(node), GradientClipping)
+
+
+def test_folding_is_one_override(application: Path) -> None:
+    cfg = composed(application, "+callbacks/gradclip=norm", "callbacks.gradclip.fold=true")
+    module = Prescribed(lambda params: torch.optim.AdamW(params, lr=0.1, fused=True))
+    trainer = fit(module, gradients(1, scale=100.0), instantiate(cfg.callbacks.gradclip))
+    assert trainer.callback_metrics["gradclip/norm_clipped"] == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
