@@ -5,13 +5,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
-
-FILE = "outcome.yaml"
 
 
 def in_sweep() -> bool:
@@ -21,8 +19,11 @@ def in_sweep() -> bool:
 @rank_zero_only
 def record(verdict: str, **facts: str | float | None) -> None:
     """Write `verdict`, which is finished, diverged or failed, and what else is known."""
-    path = Path(HydraConfig.get().runtime.output_dir, FILE)
-    OmegaConf.save({"verdict": verdict, **facts}, path)
+    path = Path(HydraConfig.get().runtime.output_dir, "outcome.yaml")
+    # In one piece: a run that is killed here leaves no outcome rather than half of one.
+    written = path.with_suffix(".part")
+    written.write_text(yaml.safe_dump({"verdict": verdict, **facts}, sort_keys=False), encoding="utf-8")
+    written.replace(path)
 
 
 def refuse(error: Exception) -> NoReturn:

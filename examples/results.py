@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 NOTHING = "-"
 
@@ -63,9 +63,8 @@ class Row:
         values = [run.value for run in self.runs if run.metric == metric]
         if not values:
             return NOTHING
-        middle = number(values[len(values) // 2])
-        least, *_, most = sorted([*values, *values], key=nan_last)
-        return middle if len(values) == 1 else f"{middle} ({number(least)} to {number(most)})"
+        middle, ordered = number(values[len(values) // 2]), sorted(values, key=nan_last)
+        return middle if len(values) == 1 else f"{middle} ({number(ordered[0])} to {number(ordered[-1])})"
 
     def clip_rate(self) -> str:
         rates = self.facts("clip_rate")
@@ -107,8 +106,9 @@ def read(folder: Path) -> Iterator[Run]:
     for file in sorted(folder.rglob(".hydra/overrides.yaml"), key=job_number):
         job = file.parents[1]
         outcome = job / "outcome.yaml"
-        loaded = OmegaConf.to_container(OmegaConf.load(outcome)) if outcome.is_file() else {}
-        yield Run(str(job.relative_to(folder)), tuple(OmegaConf.load(file)), loaded)
+        loaded = yaml.safe_load(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
+        overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
+        yield Run(str(job.relative_to(folder)), tuple(overrides), loaded)
 
 
 def job_number(file: Path) -> list[tuple[int, str]]:
@@ -165,14 +165,15 @@ def short_names(keys: set[str]) -> dict[str, str]:
     """The end of each key, as long as it takes to tell it from the others."""
     ends = {key: [key[mark.end() :] for mark in re.finditer(r"[./]|^", key)] for key in keys}
     taken = Counter(end for several in ends.values() for end in several)
-    return {key: [end for end in several if taken[end] == 1][-1] for key, several in ends.items()}
+    return {key: next((end for end in reversed(several) if taken[end] == 1), key) for key, several in ends.items()}
 
 
 def shortened(override: str, names: dict[str, str]) -> str:
-    value = override.partition("=")[2]
+    _, sign, value = override.partition("=")
     if re.fullmatch(r"-?\d+\.\d{5,}(e-?\d+)?", value):
         value = number(float(value))
-    return f"{names[key_of(override)]}={value}"
+    removed = "~" if override.startswith("~") else ""
+    return f"{removed}{names[key_of(override)]}{sign}{value}"
 
 
 def number(value: float) -> str:

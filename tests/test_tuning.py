@@ -99,6 +99,16 @@ def test_seeds_share_a_row(tmp_path: Path) -> None:
     assert "best: callbacks/gradclip=norm\n" in around + "\n"
 
 
+def test_overrides_are_shown_as_they_were_written(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["seed=1", "data.seed=2", "+data.path='a|b'", "x=${y}"], verdict="finished", value=1.0)
+    job(tmp_path / "1", ["seed=2", "data.seed=1", "~optimizer", "x=${y}"], verdict="failed", reason="${ is no number")
+    rows, around = table(tmp_path, str(tmp_path))
+    assert rows[0]["overrides"] == r"seed=1, data.seed=2, path='a\|b'"
+    assert rows[1]["overrides"] == "seed=2, data.seed=1, ~optimizer"
+    assert "each with x=${y}" in around
+    assert "1 failed: ${ is no number" in around
+
+
 @pytest.mark.parametrize("arguments", [[], ["nowhere"]])
 def test_a_folder_without_runs_is_refused(arguments: list[str], tmp_path: Path) -> None:
     done = run(tmp_path, "python examples/results.py", *arguments)
@@ -112,7 +122,7 @@ def test_printing_a_table_needs_no_torch(tmp_path: Path) -> None:
     program = [sys.executable, "-X", "importtime", str(ROOT / "examples/results.py"), str(tmp_path)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert "finished" in done.stdout, done.stderr
-    assert " omegaconf" in done.stderr
+    assert " yaml" in done.stderr
     assert not re.search(r"\| +(torch|lightning|hydra)\b", done.stderr)
 
 
@@ -133,11 +143,11 @@ def test_the_grid_of_methods_takes_every_option_of_the_pack(tmp_path: Path) -> N
     swept = re.findall(r"^seed (\d) (\w+)$", done.stdout, re.MULTILINE)
     assert sorted(swept) == [(seed, option) for seed in "12" for option in sorted(options - {"none"})], done.stderr
     # The table in the README is that of this grid.
-    assert set(re.findall(r"^\| gradclip=(\w+) ", README, re.MULTILINE)) == options - {"none"}
+    assert {"norm", "monitor"} < set(re.findall(r"^\| gradclip=(\w+) ", README, re.MULTILINE)) <= options
 
 
 def test_a_mistake_in_one_job_does_not_stop_the_others(tmp_path: Path) -> None:
-    command = "python examples/train.py -m hydra/launcher=submitit_local callbacks/sample=none trainer.max_steps=2"
+    command = "python examples/train.py -m callbacks/sample=none trainer.max_steps=2"
     done = run(tmp_path, command, "callbacks.gradclip.method.max_norm=0,0.25")
     assert done.returncode == 1
     assert "max_norm must be > 0, got 0" in done.stderr
@@ -157,7 +167,9 @@ def test_sweeps_of_the_readme(command: str, tmp_path: Path) -> None:
     short = ["trainer.max_steps=2", "callbacks/sample=none"]
     trials = "hparams_search=" in command
     if trials:
-        short += ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.n_startup_trials=1"]
+        short += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.n_startup_trials=1"]
+    if trials and "launcher" not in command:  # the README names this one beside its commands
+        short += ["hydra/launcher=submitit_local"]
     done = run(tmp_path, command, *short)
     assert done.returncode == 0, done.stdout + done.stderr
     rows, around = table(tmp_path)
