@@ -132,7 +132,8 @@ def report(folder: Path, runs: list[Run], pool: str | None) -> None:
         values = [row.value(metric) for metric in metrics]
         body.append([told, *values, row.clip_rate(), row.largest_norm(), row.verdict()])
 
-    print(f"{len(runs)} runs in {folder}{', each with ' if shared else ''}{' '.join(shared)}; best first\n")
+    count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
+    print(f"{count} in {folder}{', each with ' if shared else ''}{' '.join(shared)}; best first\n")
     print_table(head, body)
     best, own = ranked[0]
     if len(metrics) == 1 and math.isfinite(best.order[1]):

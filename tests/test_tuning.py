@@ -1,6 +1,7 @@
 """Sweeps of the example from the command line to the table of results, read back from disk."""
 
 import csv
+import os
 import re
 import shlex
 import subprocess
@@ -81,6 +82,14 @@ def test_more_is_better_where_the_run_says_so(tmp_path: Path) -> None:
     assert [row["val/acc"] for row in rows] == ["0.9", "0.7", "0.5", "nan"]
 
 
+def test_the_newest_sweep_is_the_one_whose_job_started_last(tmp_path: Path) -> None:
+    for age, name in enumerate(("b", "c", "a")):
+        job(tmp_path / "multirun" / "day" / name / "0", ["seed=1"], verdict="finished", value=1.0)
+        started = tmp_path / "multirun" / "day" / name / "0" / ".hydra" / "overrides.yaml"
+        os.utime(started, (2e9 - age, 2e9 - age))
+    assert "1 run in multirun/day/b;" in table(tmp_path)[1]
+
+
 def test_seeds_share_a_row(tmp_path: Path) -> None:
     results = {"norm": [3.0, 1.0, 2.0], "value": [5.0, float("nan"), 0.5], "agc": [float("nan"), float("nan"), 0.1]}
     for method, values in results.items():
@@ -107,6 +116,16 @@ def test_overrides_are_shown_as_they_were_written(tmp_path: Path) -> None:
     assert rows[1]["overrides"] == "seed=2, data.seed=1, ~optimizer"
     assert "each with x=${y}" in around
     assert "1 failed: ${ is no number" in around
+
+
+def test_what_is_not_finite_is_the_worst_and_the_largest(tmp_path: Path) -> None:
+    for seed, (value, norm) in enumerate([(0.9, float("nan")), (float("nan"), 2.0), (0.7, 3.0)]):
+        facts = {"metric": "val/acc", "mode": "max", "value": value, "largest_norm": norm}
+        job(tmp_path / str(seed), [f"seed={seed}", "x=1"], verdict="finished", **facts)
+    (row,), _ = table(tmp_path, str(tmp_path), "--pool", "seed")
+    assert row["val/acc"] == "0.7 (0.7 to nan)"
+    assert row["largest norm"] == "nan"
+    assert row["outcome"] == "3 finished"
 
 
 @pytest.mark.parametrize("arguments", [[], ["nowhere"]])
