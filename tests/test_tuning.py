@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from test_readme import README, ROOT, commands
 
-for package in ("hydra_plugins.hydra_joblib_launcher", "hydra_plugins.hydra_submitit_launcher", "optuna"):
+for package in ("joblib", "submitit"):
     pytest.importorskip(package, reason="the sweep extra is not installed")
+optuna = pytest.importorskip("optuna", reason="the sweep extra is not installed")
 
 PACK = files("lightning_gradclip.conf") / "callbacks" / "gradclip"
 SWEEPS = [command for command in commands("python examples/train.py") if " -m " in command]
@@ -163,6 +167,38 @@ def test_the_grid_of_methods_takes_every_option_of_the_pack(tmp_path: Path) -> N
     assert sorted(swept) == [(seed, option) for seed in "12" for option in sorted(options - {"none"})], done.stderr
     # The table in the README is that of this grid.
     assert {"norm", "monitor"} < set(re.findall(r"^\| gradclip=(\w+) ", README, re.MULTILINE)) <= options
+
+
+def drawable() -> list[str]:
+    search = yaml.safe_load((ROOT / "examples/conf/hparams_search/any_method.yaml").read_text())
+    return re.findall(r"\w+", search["hydra"]["sweeper"]["params"]["callbacks/gradclip"])[1:]
+
+
+def drawn(option: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The parameters that examples/search_space.py draws for this option."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from search_space import suggest
+
+    trial = optuna.create_study().ask()
+    trial.suggest_categorical("callbacks/gradclip", [option])
+    suggest(None, trial)
+    return {key: value for key, value in trial.params.items() if key != "callbacks/gradclip"}
+
+
+@pytest.mark.parametrize("option", drawable())
+def test_the_search_space_of_every_method_is_valid(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with initialize_config_dir(str(ROOT / "examples/conf"), version_base="1.3"):
+        config = compose("train", [f"callbacks/gradclip={option}"])
+    method = instantiate(config.callbacks.gradclip).method
+    for _ in range(5):
+        for key, value in drawn(option, monkeypatch).items():
+            OmegaConf.update(config, key, value)  # refuses a key that the option does not have
+        assert instantiate(config.callbacks.gradclip).method != method
+
+
+def test_a_method_without_a_search_space_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="knows no parameters of callbacks/gradclip=value; add them"):
+        drawn("value", monkeypatch)
 
 
 def test_a_mistake_in_one_job_does_not_stop_the_others(tmp_path: Path) -> None:
