@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_gradclip import amp, checks, progress
+from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
@@ -21,7 +22,7 @@ _UNSUPPORTED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _IN_BAR = ("norm", "clip_rate")
 
 
-class GradientClipping(Callback):
+class GradientClipping(KnownArguments, Callback):
     """Clips gradients before every optimizer step and logs what that did.
 
     Every optimizer of the module gets a clipper of its own, with its own copy of the method. Works under automatic

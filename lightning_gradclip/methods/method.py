@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.arithmetic import Number, divide, full, where
 
 
@@ -16,7 +17,7 @@ def _row(value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.long if isinstance(value, int) else torch.float64, device="cpu")
 
 
-class ClipMethod:
+class ClipMethod(KnownArguments):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
     A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting
