@@ -236,7 +236,7 @@ class Clipper:
         return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
 
     def _nothing(self) -> StepStats:
-        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64)
+        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
         return StepStats(row, sizes, limits, self._limiter.scopes)
