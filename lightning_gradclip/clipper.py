@@ -153,8 +153,9 @@ class Clipper:
     def detailed(self) -> bool:
         """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
 
-        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` and
-        `clipped` of `ValueClip` are NaN, and `metrics` leaves these steps out of their means.
+        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` of
+        `ValueClip` is NaN, and so is `clipped` unless no entry is outside the bounds; `metrics` leaves these steps out
+        of the means of both.
         """
         return self._limiter.detailed
 
