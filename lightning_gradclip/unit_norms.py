@@ -120,7 +120,8 @@ class UnitMeter:
         low, high = (extreme.item() for extreme in torch.aminmax(found))
         if not pnorm.is_suspect(low, self._norm_type) and not pnorm.is_suspect(high, self._norm_type):
             return found
-        suspect = ~((found >= pnorm.smallest(self._norm_type)) & (found < math.inf))
+        # NaN is what it is, and must not make the others float64.
+        suspect = (found < pnorm.smallest(self._norm_type)) | (found == math.inf)
         index = self._units.index_on(found.device)
         for place in index[suspect].unique().tolist():
             tensor = tensors[place]

@@ -193,7 +193,8 @@ class TestCost:
             assert work.largest <= MIB
 
     @pytest.mark.parametrize(
-        ("name", "measuring", "apart"), [("2,000 of 1,000", 40, 70), ("one large", 8, 12), ("a language model in small", 45, 140)]
+        ("name", "measuring", "apart"),
+        [("2,000 of 1,000", 40, 70), ("one large", 8, 12), ("a language model in small", 45, 140)],
     )
     def test_measuring_takes_few_operations(self, name: str, measuring: int, apart: int) -> None:
         tensors, meter = LISTS[name](), Meter(2.0)
@@ -203,7 +204,9 @@ class TestCost:
                 reading(tensors)
             assert 0 < len(work.operations) <= most
 
-    @pytest.mark.parametrize("method", [NormClip(max_norm=1e-3), AGC(clip_factor=1e-6), ValueClip(max_value=1e-3)], ids=str)
+    @pytest.mark.parametrize(
+        "method", [NormClip(max_norm=1e-3), AGC(clip_factor=1e-6), ValueClip(max_value=1e-3)], ids=str
+    )
     def test_a_clipped_step_takes_few_operations(self, method: ClipMethod) -> None:
         pairs = named({f"w{i}": drawn(1000, seed=i) for i in range(2000)})
         clipper = Clipper(pairs, method)

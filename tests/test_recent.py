@@ -86,7 +86,9 @@ class TestEverything:
 
 @pytest.mark.parametrize("memory", ["ring", "archive"])
 def test_floats_and_tensors_turn_into_each_other_at_any_time(memory: str) -> None:
-    module, size = (ring, torch.zeros(1, dtype=torch.float64)) if memory == "ring" else (archive, torch.zeros(1).double())
+    module, size = (
+        (ring, torch.zeros(1, dtype=torch.float64)) if memory == "ring" else (archive, torch.zeros(1).double())
+    )
     state = ring.fresh(size, 9) if memory == "ring" else archive.fresh(size)
     turning = random.Random(0)
     floats = False

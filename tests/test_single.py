@@ -14,12 +14,22 @@ from running_max import RunningMax
 from streams import LEARNERS, Fed, noisy
 from torch import Tensor
 
-from lightning_gradclip import ClipMethod, Clipper, EmaClip, NormClip, Normalize, QuantileClip, SigmaClip, StepStats, ZClip
+from lightning_gradclip import (
+    ClipMethod,
+    Clipper,
+    EmaClip,
+    NormClip,
+    Normalize,
+    QuantileClip,
+    SigmaClip,
+    StepStats,
+    ZClip,
+)
 from lightning_gradclip.arithmetic import Number
 from lightning_gradclip.single import SingleLimiter
 
 RULES: Mapping[str, Callable[[], ClipMethod]] = {
-    **{name: make for name, make in LEARNERS.items()},
+    **LEARNERS,
     "norm": lambda: NormClip(max_norm=3.0),
     "norm with a floor": lambda: NormClip(max_norm=3.0, min_norm=2.3),
     "root mean square": lambda: NormClip(max_norm=0.7, statistic="rms"),
@@ -148,7 +158,9 @@ class Weighing(NormClip):
 
 
 class TestWhoGetsFloats:
-    @pytest.mark.parametrize("method", [Doubled(), Counting(), RunningMax(), Weighing()], ids=lambda one: type(one).__name__)
+    @pytest.mark.parametrize(
+        "method", [Doubled(), Counting(), RunningMax(), Weighing()], ids=lambda one: type(one).__name__
+    )
     def test_rules_that_do_not_say_so_and_rules_that_weigh_get_tensors(self, method: ClipMethod) -> None:
         assert not method.takes_floats
         fed = Fed(method, size=3)
