@@ -154,8 +154,7 @@ class Clipper:
         """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
 
         True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` of
-        `ValueClip` is NaN, and so is `clipped` unless no entry is outside the bounds; `metrics` leaves these steps out
-        of the means of both.
+        `ValueClip` is NaN, and so is `clipped` if any entry is outside; the means in `metrics` leave them out.
         """
         return self._limiter.detailed
 
