@@ -173,8 +173,8 @@ class TestCost:
     def test_no_copy_of_a_large_gradient_is_made(self, dtype: torch.dtype, p: float) -> None:
         tensors = [drawn(2**21).to(dtype), drawn(2**11, 2**10).to(dtype).t()]
         meter = Meter(p)
-        for scale in (1.0, 0.0, math.nan):
-            # Zeros are measured exactly, since they might be what is left of tiny entries.
+        for scale in (1.0, 1e-30, 0.0, math.nan):
+            # Tiny entries are measured exactly, and so are zeros, which might be what is left of them.
             scaled = [one if scale == 1.0 else one * scale for one in tensors]
             with Work() as work:
                 meter.joint(scaled)
