@@ -68,6 +68,7 @@ KINDS: dict[str, Callable[[int], Tensor | None]] = {
     "large float16": lambda seed: drawn(SMALL, seed=seed, dtype=torch.float16),
     "large bfloat16": lambda seed: drawn(SMALL, seed=seed, dtype=torch.bfloat16),
     "complex": lambda seed: torch.complex(drawn(7, 4, seed=seed), drawn(7, 4, seed=seed + 1)),
+    "large complex": lambda seed: torch.complex(drawn(SMALL, seed=seed), drawn(SMALL, seed=seed + 1)),
     "sparse": lambda seed: sparse(seed),
 }
 
@@ -76,13 +77,13 @@ class TestChanges:
     """One meter, whose gradients are other ones at the next step."""
 
     @pytest.mark.parametrize("after", KINDS)
-    @pytest.mark.parametrize("others", [0, 1, 5])
-    def test_any_gradient_may_become_any_other(self, after: str, others: int) -> None:
+    @pytest.mark.parametrize(("others", "p"), [(0, 2.0), (1, math.inf), (5, 2.0)])
+    def test_any_gradient_may_become_any_other(self, after: str, others: int, p: float) -> None:
         beside = [drawn(4, seed=100 + i) for i in range(others)]
         for before in KINDS:
-            meter = Meter(2.0)
-            agree(meter, [KINDS[before](1), *beside], 2.0)
-            agree(meter, [KINDS[after](2), *beside], 2.0)
+            meter = Meter(p)
+            agree(meter, [KINDS[before](1), *beside], p)
+            agree(meter, [KINDS[after](2), *beside], p)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_all_may_become_another(self, kind: str) -> None:
