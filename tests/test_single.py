@@ -109,6 +109,8 @@ def test_a_run_is_the_same_in_floats_and_on_tensors(name: str, rows: Sequence[Se
 @pytest.mark.parametrize("first", ["floats", "tensors"])
 def test_what_one_path_saved_the_other_goes_on_with(name: str, cut: int, first: str) -> None:
     rows = noisy(60, seed=5).tolist()
+    # A step that teaches nothing leaves its mark in some states.
+    rows[3] = [0.0]
     make = {"floats": RULES[name], "tensors": lambda: on_tensors(RULES[name]())}
     straight, before = Fed(make[first]()), Fed(make[first]())
     after = Fed(make["tensors" if first == "floats" else "floats"]())
