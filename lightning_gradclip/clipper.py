@@ -153,8 +153,8 @@ class Clipper:
     def detailed(self) -> bool:
         """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
 
-        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` and
-        `clipped` of `ValueClip` are NaN, and `metrics` leaves these steps out of their means.
+        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` of
+        `ValueClip` is NaN, and so is `clipped` if any entry is outside; the means in `metrics` leave them out.
         """
         return self._limiter.detailed
 
@@ -236,7 +236,7 @@ class Clipper:
         return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
 
     def _nothing(self) -> StepStats:
-        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64)
+        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
         return StepStats(row, sizes, limits, self._limiter.scopes)

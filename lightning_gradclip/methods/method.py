@@ -107,7 +107,7 @@ class ClipMethod(KnownArguments):
         """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
         for kind in type(self).__mro__:
             if "on_floats" in vars(kind):
-                return self.on_floats
+                return self.on_floats and not self.needs_weight
             if {"limit", "coef", "update", "fresh_state"} & vars(kind).keys():
                 return False
         return False
