@@ -71,7 +71,9 @@ class Fold:
         if isinstance(coef, Tensor):
             self._optimizer.grad_scale = coef.reciprocal().to(torch.float32).view(())
         elif coef is not None:
-            self._optimizer.grad_scale = torch.tensor(1.0 / coef if coef else math.inf, device="cpu")
+            self._optimizer.grad_scale = torch.tensor(
+                1.0 / coef if coef else math.inf, dtype=torch.float32, device="cpu"
+            )
         self._handed = True
         if dropped is not None and not scaled:
             self._optimizer.found_inf = dropped.to(torch.float32)
