@@ -203,10 +203,15 @@ class TestWaiting:
 
     @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
     def test_observing_under_a_scaler_does_not_wait(self, device: Device, cls: type[ClipMethod], per: str) -> None:
-        model, scaler = Model(device, subject(cls, per), action="observe"), GradScaler(NAME, init_scale=1024.0)
+        model, other = both(device, lambda: subject(cls, per), action="observe")
+        scaler = GradScaler(NAME, init_scale=1024.0)
         scaler.scale(torch.ones((), device=NAME))
-        model.step(mixed(0), scaler)
-        assert model.waits(mixed(1), scaler) == []
+        for seed in range(2):
+            scaled = {name: 1024.0 * gradient for name, gradient in mixed(seed).items()}
+            one, two = model.step(scaled, scaler), other.step(mixed(seed))
+            for name in ("norm", "norm_clipped", "clipped", "sizes", "limits"):
+                assert_close(model.get(getattr(one, name)), getattr(two, name))
+        assert model.waits(scaled, scaler) == []
 
     @pytest.mark.parametrize("detailed", [True, False])
     def test_without_details(self, device: Device, detailed: bool) -> None:
