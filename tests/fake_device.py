@@ -18,7 +18,7 @@ What CUDA refuses is refused: tensors of the host among those of the device, unl
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,13 +170,27 @@ def _on_device(leaf: Any) -> Any:
     return DeviceTensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, DeviceTensor) else leaf
 
 
+def _register() -> None:
+    """Make the name known to torch, for as long as the process lives."""
+
+    class Unplugged(backend_registration._DummyBackendModule):
+        """To those who look for accelerators, such as `fork_rng` in other tests, there is none."""
+
+        def is_available(self) -> bool:
+            return False
+
+        def device_count(self) -> int:
+            return 0
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Unplugged())
+
+
 @contextmanager
 def attached() -> Iterator[Device]:
     """Attach the device; tensors on it can be used while it is."""
     global _registered
     if not _registered:
-        setup: Callable[[str], None] = backend_registration._setup_privateuseone_for_python_backend
-        setup(NAME)
+        _register()
         _registered = True
     # Else torch.tensor(..., device=...) would look for kernels of the device, past the mode.
     before = torch._C._only_lift_cpu_tensors()
