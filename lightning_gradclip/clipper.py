@@ -117,7 +117,8 @@ class Clipper:
                 scaler = None
             if self._fold is not None:
                 self._fold.withdraw()
-                self._limiter.on_host = self._policy.decides_on_host(folds=True, scaled=scaler is not None)
+                folds = scaler is not None or self._fold.can_leave_out
+                self._limiter.on_host = self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
             scale = 1.0 if scaler is None else self._unscale(scaler)
             gradients = [parameter.grad for parameter in self._selection.params]
             if all(gradient is None for gradient in gradients):
@@ -176,7 +177,7 @@ class Clipper:
         """Step, counters, open window and learned values; tensors and plain types only, no configuration."""
         return {
             "step": self._steps,
-            "skips_in_a_row": self._skips.in_a_row,
+            "skips_in_a_row": self._skips.count(),
             "window": self._window.state_dict(),
             "learned": self._limiter.state_dict(),
         }
@@ -197,7 +198,7 @@ class Clipper:
         self._limiter.load_state_dict(state["learned"], strict=strict)
         self._window.load_state_dict(state["window"])
         self._steps = state["step"]
-        self._skips.in_a_row = state["skips_in_a_row"]
+        self._skips.resume(state["skips_in_a_row"])
 
     def _groups_changed(self) -> bool:
         if self._optimizer is None:
