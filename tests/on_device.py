@@ -189,9 +189,8 @@ class TestWaiting:
         model.step(mixed(0))
         model.step(mixed(1))
         expected = 0 if nonfinite == "ignore" and action != "skip" else 1
-        for seed in (2, 3):
-            waits = model.waits(mixed(seed))
-            assert len(waits) == expected, waits
+        waits = model.waits(mixed(2))
+        assert len(waits) == expected, waits
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
@@ -259,8 +258,8 @@ class TestResults:
         self, device: Device, cls: type[ClipMethod], per: str, action: str, nonfinite: str | None
     ) -> None:
         model, other = both(device, lambda: subject(cls, per), action=action, nonfinite=nonfinite)
-        for seed in range(3):
-            assert_same_step(model, other, {**mixed(seed), **({"head.bias": None} if seed == 2 else {})})
+        for seed in range(2):
+            assert_same_step(model, other, {**mixed(seed), **({"head.bias": None} if seed == 1 else {})})
 
     @pytest.mark.parametrize("per", ["model", "parameter"])
     @pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
@@ -279,8 +278,7 @@ class TestResults:
             # Infinities fill rows, which on the device are not cut, and which nobody keeps in order.
             assert_close(*(values[values.isfinite()].sort().values for values in (one, two)))
 
-    @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    @pytest.mark.parametrize("nonfinite", ["skip", "zero", "ignore"])
+    @pytest.mark.parametrize(("nonfinite", "bad"), [("skip", math.nan), ("zero", math.nan), ("ignore", math.inf)])
     @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
     def test_bad_steps_are_those_of_the_cpu(
         self, device: Device, cls: type[ClipMethod], per: str, nonfinite: str, bad: float
