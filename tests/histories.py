@@ -1,8 +1,11 @@
 """Rows of a history from which the step can be told, and histories of given norms. Torch is not needed."""
 
+from pathlib import Path
+
 import numpy as np
 
 from lightning_gradclip.history import STEP
+from lightning_gradclip.history_writer import HistoryWriter
 
 Array = np.ndarray
 
@@ -39,3 +42,42 @@ def expected(steps: Array) -> Array:
     for name, column in zip(COLUMNS, rows_of(steps).T, strict=True):
         packed[name] = column
     return packed
+
+
+def record(
+    folder: Path,
+    norms: Array,
+    limit: float = np.inf,
+    *,
+    scopes: dict[str, Array] | None = None,
+    action: str = "clip",
+    method: object | None = None,
+    optimizer: int | None = None,
+) -> Path:
+    """The history of a run with these norms, clipped to a fixed limit; a step that is not finite is dropped.
+
+    Returns:
+        The folder.
+    """
+    finite = np.isfinite(norms)
+    over = finite & (norms > limit)
+    coef = np.where(over, limit / (norms + 1e-6), 1.0)
+    dropped = ~finite | (over if action == "skip" else False)
+    columns = {
+        "norm": norms,
+        "norm_clipped": np.where(dropped, 0.0, norms * coef),
+        "limit": np.full(len(norms), limit),
+        "coef": np.where(dropped, 0.0, coef),
+        "clipped": over,
+        "finite": finite,
+        "skipped": dropped,
+        "changed": over | dropped,
+        "overflow": np.zeros(len(norms)),
+    }
+    rows = np.stack([columns[name] for name in COLUMNS], axis=1)
+    measured = {} if scopes is None else scopes
+    options = {"action": action, "method": method, "optimizer": optimizer}
+    with HistoryWriter(folder, columns=COLUMNS, measure_per="layer" if scopes else None, **options) as writer:
+        of_scopes = np.stack(list(measured.values()), axis=1) if measured else None
+        writer.append(np.arange(len(norms)), rows, tuple(measured), of_scopes)
+    return folder

@@ -18,6 +18,8 @@ from lightning_gradclip.report.words import number, percent
 LEAST, LEAST_OVER = 100, 10
 # An adaptive limit is looked at in so many steps of a long run, evenly spread: that is +- 0.4 points at a share of 0.1.
 _SAMPLED = 20_000
+# A run is cut into so many parts to see how much its clip rate varies.
+_PARTS = 20
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,19 @@ def _fitting_k(sizes: Numbers, mean: Numbers, deviation: Numbers, rate: float) -
 
 
 def _proposal(method: str, option: str, arguments: dict[str, float], places: Places, over: Flags) -> Proposal:
-    steps, clipped = len(over), int(np.sum(over))
-    # Agresti and Coull's interval, which holds for few clipped steps too.
-    share = (clipped + 2) / (steps + 4)
-    uncertain = 1.96 * math.sqrt(share * (1 - share) / (steps + 4))
     third = places[-1] / 3
-    early, late = over[places <= third], over[places > 2 * third]
-    return Proposal(
-        method,
-        option,
-        arguments,
-        clipped / steps,
-        uncertain,
-        float(early.mean()) if len(early) else 0.0,
-        float(late.mean()),
-    )
+    early, late = float(over[places <= third].mean()), float(over[places > 2 * third].mean())
+    return Proposal(method, option, arguments, float(over.mean()), _uncertainty(over), early, late)
+
+
+def _uncertainty(over: Flags) -> float:
+    """Half the width of the 95 % interval of a share, from the steps themselves."""
+    # Agresti and Coull's, which holds for few clipped steps too.
+    share = (int(over.sum()) + 2) / (len(over) + 4)
+    independent = math.sqrt(share * (1 - share) / (len(over) + 4))
+    # Steps that share a memory are clipped together, and then tell less: parts of the run differ more.
+    parts = [float(part.mean()) for part in np.array_split(over, _PARTS)]
+    return 1.96 * max(independent, float(np.std(parts, ddof=1)) / math.sqrt(_PARTS))
 
 
 def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
@@ -157,8 +157,8 @@ def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
     changed = float(np.mean(run.changed > 0))
     if changed and not run.observed:
         lines.append(
-            f"{percent(changed)} of these steps were changed by clipping. The norms are those from before, so they can\n"
-            "be used; but under another limit the parameters take another path, and the norms with them."
+            f"{percent(changed)} of these steps were changed by clipping. The norms are those from before, so they\n"
+            "can be used; but under another limit the parameters take another path, and the norms with them."
         )
     return "\n".join(lines)
 
@@ -166,7 +166,8 @@ def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
 def _written(one: Proposal, run: Run) -> str:
     """A proposal with its clip rate and the three ways to write it."""
     drift = ""
-    if max(one.early, one.late) > 2 * min(one.early, one.late) and abs(one.early - one.late) > 2 * one.uncertain:
+    low, high = sorted((one.early, one.late))
+    if high > 2 * low and high - low > 2 * one.uncertain:
         drift = f"; {percent(one.early)} in the first third of the run, {percent(one.late)} in the last"
     lines = [
         f"  {python(one, run.norm_type)}",

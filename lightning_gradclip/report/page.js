@@ -107,7 +107,7 @@ function normTraces(run, from, to) {
   }
   if (!view.single && run.eachStep) traces.push(line("median", "text", {}, { x: groups.map(one => one.step), y: groups.map(one => one.median) }));
   if (groups.some(one => !isNaN(one.limit))) {
-    traces.push(line("limit", "limit", { dash: "dash", shape: "hv" }, { x: groups.map(one => one.step), y: groups.map(one => one.limit) }));
+    traces.push(line("limit", "limit", { dash: "dash", shape: "hv", width: 1.8 }, { x: groups.map(one => one.step), y: groups.map(one => one.limit) }));
   }
   const top = 2 * groups.reduce((most, one) => Math.max(most, one.high || 0, one.limit || 0), 0) || 1;
   const finite = groups.filter(one => one.high > 0);
@@ -173,7 +173,7 @@ function drawSpread(element) {
   const guides = RUNS.flatMap((run, place) => {
     const marks = alone ? [["50", "median", "right"], ["90", "90 %", "right"], ["99", "99 %", "left"]] : [];
     const shown = marks.filter(([at]) => run.percentiles[at] > 0).map(([at, name, side], row) => guide(run.percentiles[at], name, color("soft"), side, row));
-    return run.limit > 0 ? [...shown, guide(run.limit, alone ? "limit" : "", alone ? color("clipped") : runColor(place), "left", 3)] : shown;
+    return run.limit > 0 ? [...shown, guide(run.limit, alone ? "limit" : "", alone ? color("limit") : runColor(place), "left", 3)] : shown;
   });
   return Plotly.react(element, traces, layout(element, {
     xaxis: logAxis({ title: { text: "gradient norm" } }), yaxis: axis({ tickformat: ".0%", rangemode: "tozero" }),

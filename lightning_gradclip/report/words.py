@@ -88,9 +88,7 @@ def _room(summary: Summary) -> str:
 def _how_hard(run: Run, summary: Summary) -> str:
     if not run.each_step or np.isnan(summary.cut):
         return ""
-    return (
-        f" These were scaled by {number(summary.cut)} on average and by {number(summary.strongest)} where it was most."
-    )
+    return f" These were scaled by {number(summary.cut)} on average, at the strongest by {number(summary.strongest)}."
 
 
 def _rescale(summary: Summary) -> str:
@@ -101,8 +99,8 @@ def _rescale(summary: Summary) -> str:
             "smaller learning rate."
         )
     return (
-        f"The factors differ ({spread}), so nearly all steps are given one norm; under SGD the length of a step is then "
-        "the limit times the learning rate."
+        f"The factors differ ({spread}), so nearly all steps are given one norm; under SGD the length of a step is "
+        "then the limit times the learning rate."
     )
 
 
