@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lightning_gradclip.report.run import RunError
+from lightning_gradclip.report import RunError
 
 _RUN = "a history folder, a metrics.csv, a TensorBoard event file, or a folder that holds some of these"
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lightning_gradclip.report import RunError
 from lightning_gradclip.report.curve import what_if
 from lightning_gradclip.report.replay import Places, moments, quantile_limits
-from lightning_gradclip.report.run import Flags, Numbers, Run, RunError
+from lightning_gradclip.report.run import Flags, Numbers, Run
 from lightning_gradclip.report.words import number, percent
 
 # Fewer steps say nothing; a share is only told from a run in which at least ten steps are beyond it.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lightning_gradclip.growing import HistoryFormatError
 from lightning_gradclip.history import FORMAT, History
-from lightning_gradclip.report import logged
-from lightning_gradclip.report.run import Run, RunError, from_history
+from lightning_gradclip.report import RunError, logged
+from lightning_gradclip.report.run import Run, from_history
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -75,15 +75,22 @@ def heat(run: Run) -> Heat | None:
 
 
 def findings(heat: Heat, norm_type: float = 2.0, most: int = 6) -> list[Finding]:
-    """The scopes that stand out, at most `most`, the most telling first; each is named once."""
+    """The scopes that stand out, at most `most`, the most telling first; each is named once.
+
+    Args:
+        heat: Norms of the scopes.
+        norm_type: The p of the p-norm that joins them.
+        most: How many are named.
+    """
     early, late = heat.levels
+    rules = (_against_others(heat.names, late), _over_time(heat.names, early, late))
     found: dict[str, Finding] = {}
-    for finding in (*_against_others(heat.names, late, norm_type), *_over_time(heat, early, late)):
+    for finding in (*rules[0], *rules[1], *_dominant(heat.names, late, norm_type), *_spiking(heat)):
         found.setdefault(finding.scope, finding)
     return list(found.values())[:most]
 
 
-def _against_others(names: tuple[str, ...], late: Numbers, norm_type: float) -> Iterator[Finding]:
+def _against_others(names: tuple[str, ...], late: Numbers) -> Iterator[Finding]:
     alive = late[late > 0]
     if len(names) < 2 or not len(alive):
         return
@@ -96,30 +103,40 @@ def _against_others(names: tuple[str, ...], late: Numbers, norm_type: float) -> 
     for row in np.argsort(-late):
         if late[row] > EXPLODING * typical:
             yield Finding(names[row], "exploding", float(late[row] / typical), float(late[row]))
-    if len(alive) > 3 and np.isfinite(norm_type):
-        # Relative to the largest, so that no power overflows.
-        shares = np.nan_to_num(late / alive.max()) ** norm_type
-        row = int(shares.argmax())
-        if shares[row] > DOMINANT * shares.sum():
-            yield Finding(names[row], "dominant", float(shares[row] / shares.sum()), float(late[row]))
 
 
-def _over_time(heat: Heat, early: Numbers, late: Numbers) -> Iterator[Finding]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = late / early
-        usual = np.nanmedian(change) if np.isfinite(change).any() else 1.0
-        peaks = np.fmax.reduce(heat.largest, axis=1) / median(heat.median.T)
-    for row, name in enumerate(heat.names):
-        # A run whose norms all fall is converging; only one that falls by itself is telling.
+def _over_time(names: tuple[str, ...], early: Numbers, late: Numbers) -> Iterator[Finding]:
+    change = np.divide(late, early, out=np.full(len(late), np.nan), where=(early > 0) & (late > 0))
+    if np.isnan(change).all():
+        return
+    # A run whose norms all fall is converging; only one that falls by itself is telling.
+    usual = float(np.nanmedian(change))
+    for row, name in enumerate(names):
         if change[row] < FALLEN * min(1.0, usual):
             yield Finding(name, "fallen", float(1 / change[row]), float(late[row]))
-        elif np.isfinite(change[row]) and change[row] > RISEN * max(1.0, usual):
+        elif change[row] > RISEN * max(1.0, usual):
             yield Finding(name, "risen", float(change[row]), float(late[row]))
-    shared = np.median(peaks[np.isfinite(peaks)]) if np.isfinite(peaks).any() else 0.0
-    for row in np.argsort(-np.nan_to_num(peaks, posinf=0.0)):
-        # A step that is a spike in every scope says nothing about one of them.
-        if np.isfinite(peaks[row]) and peaks[row] > SPIKING * max(1.0, shared / 10):
-            yield Finding(heat.names[row], "spiking", float(peaks[row]), float(np.nanmax(heat.largest[row])))
+
+
+def _dominant(names: tuple[str, ...], late: Numbers, norm_type: float) -> Iterator[Finding]:
+    alive = late[late > 0]
+    if len(alive) < 4 or not np.isfinite(norm_type):
+        return
+    # Relative to the largest, so that no power overflows.
+    shares = np.nan_to_num(late / alive.max()) ** norm_type
+    row = int(shares.argmax())
+    if shares[row] > DOMINANT * shares.sum():
+        yield Finding(names[row], "dominant", float(shares[row] / shares.sum()), float(late[row]))
+
+
+def _spiking(heat: Heat) -> Iterator[Finding]:
+    largest, usual = np.fmax.reduce(heat.largest, axis=1), median(heat.median.T)
+    times = np.divide(largest, usual, out=np.zeros(len(usual)), where=(usual > 0) & np.isfinite(largest))
+    # A step that is a spike in every scope says nothing about one of them.
+    least = SPIKING * max(1.0, float(np.median(times)) / 10)
+    for row in np.argsort(-times):
+        if times[row] > least:
+            yield Finding(heat.names[row], "spiking", float(times[row]), float(largest[row]))
 
 
 def _blocks(

@@ -12,7 +12,8 @@ from typing import cast
 import numpy as np
 
 from lightning_gradclip.history import ScopePart
-from lightning_gradclip.report.run import Numbers, Run, RunError, comparable
+from lightning_gradclip.report import RunError
+from lightning_gradclip.report.run import Numbers, Run, comparable
 
 EVENTS = "events.out.tfevents"
 _MARK = "/clip_rate"
@@ -49,7 +50,7 @@ def from_csv(path: Path) -> Iterator[Run]:
         raise RunError(f"{path} is damaged or no table: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is no table of numbers by step as CSVLogger writes it: {error}") from error
-    yield from _runs(points, path)
+    yield from _runs(points, prefixes, path)
 
 
 def from_tensorboard(path: Path) -> Iterator[Run]:
@@ -68,18 +69,18 @@ def from_tensorboard(path: Path) -> Iterator[Run]:
     events = event_accumulator.EventAccumulator(str(path), size_guidance={event_accumulator.SCALARS: 0})
     events.Reload()
     tags = cast("list[str]", events.Tags()["scalars"])
-    wanted = [tag for tag in tags if tag.startswith(tuple(f"{one}/" for one in _prefixes(tags)))]
-    yield from _runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, path)
+    prefixes = _prefixes(tags)
+    wanted = [tag for tag in tags if tag.startswith(tuple(f"{one}/" for one in prefixes))]
+    yield from _runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, prefixes, path)
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(_MARK) for name in names if name.endswith(_MARK)]
 
 
-def _runs(points: Points, path: Path) -> Iterator[Run]:
-    prefixes = _prefixes(list(points))
+def _runs(points: Points, prefixes: list[str], path: Path) -> Iterator[Run]:
     for prefix in prefixes:
-        if not points[prefix + _MARK]:
+        if not points.get(prefix + _MARK):
             raise RunError(f"{path} names {prefix + _MARK} but holds no value of it")
         yield _run(points, prefix, name=prefix if len(prefixes) > 1 else "")
 

@@ -9,13 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_gradclip.history import History, ScopePart
+from lightning_gradclip.report import RunError
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
-
-
-class RunError(Exception):
-    """What was named is no run that can be shown; the message is one line for the person who named it."""
 
 
 @dataclass(frozen=True, eq=False)
