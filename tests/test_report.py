@@ -169,8 +169,8 @@ def test_lost_steps_and_moving_levels_are_told(tmp_path: Path) -> None:
         (lambda norms: np.where(np.arange(600) < 300, norms, 0.0), "layer3 receives no gradient any more"),
         (lambda norms: norms * 1e5, "layer3 explodes: its norm, "),
         (lambda norms: norms * np.geomspace(1, 1e2, 600) ** 1.4, "layer3 explodes over the run"),
-        (lambda norms: norms * 9, "layer3 makes up 9"),
-        (lambda norms: np.where(np.arange(600) == 77, 500.0, norms), "layer3 spikes: its largest norm, 500, is "),
+        (lambda norms: norms * 9, "layer3 dominates: its norm is 9"),
+        (lambda norms: np.where(np.arange(600) == 77, 500.0, norms), "layer3 spikes: a norm of 500 is "),
     ],
 )
 def test_a_scope_that_stands_out_is_named(change: Any, words: str, tmp_path: Path) -> None:

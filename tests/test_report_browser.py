@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     scopes["head"][:200] = np.nan
     record(folder / "one" / "gradclip", norms_of(800), 1.5, scopes=scopes, method=NormClip(max_norm=1.5))
     record(folder / "two" / NAUGHTY.replace("/", "") / "gradclip", norms_of(800), 1.5, method=NormClip(max_norm=1.5))
-    record(folder / "two" / "plain" / "gradclip", norms_of(500, 1), 0.5, scopes=scopes, method=NormClip(max_norm=0.5))
+    record(folder / "two" / "plain" / "gradclip", norms_of(800, 1), 0.5, scopes=scopes, method=NormClip(max_norm=0.5))
     record(folder / "long", norms_of(1_000_000), 2.0, method=NormClip(max_norm=2.0))
     made = {name: folder / f"{name}.html" for name in ("one", "two", "long")}
     for name, path in made.items():
@@ -92,16 +92,19 @@ class Opened:
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
-    contexts = []
+    """Opens a page; loading one takes seconds, so that tests that ask for the same share it."""
+    known: dict[str, Opened] = {}
 
     def opening(name: str, **options: Any) -> Opened:
-        contexts.append(Opened(browser, pages[name], **options))
-        return contexts[-1]
+        key = f"{name} {options}"
+        if key not in known:
+            known[key] = Opened(browser, pages[name], **options)
+        return known[key]
 
     yield opening
-    for one in contexts:
+    for one in known.values():
         one.context.close()
 
 
@@ -169,7 +172,7 @@ def test_zooming_in_shows_what_the_whole_run_hides(opened: Any) -> None:
     assert "median" in whole["traces"]
     long.page.locator("[data-chart=norms]").scroll_into_view_if_needed()
     drag(long.page, "norms", 0.5, 0.52)
-    long.page.wait_for_function("document.querySelector('[data-chart=norms]').dataset.range")
+    long.page.wait_for_selector("[data-chart=norms][data-range]")
     long.page.wait_for_timeout(500)
     near = long.drawn("norms")
     low, high = near["range"]
@@ -179,7 +182,7 @@ def test_zooming_in_shows_what_the_whole_run_hides(opened: Any) -> None:
     steps = long.page.locator("[data-chart=norms]").evaluate("element => element.data[0].x.slice(0, 60)")
     assert np.diff(steps[::2]).max() <= 31
     long.page.locator("[data-chart=norms] .nsewdrag").first.dblclick()
-    long.page.wait_for_function("!document.querySelector('[data-chart=norms]').dataset.range")
+    long.page.wait_for_selector("[data-chart=norms]:not([data-range])")
     long.assert_quiet()
 
 
@@ -222,24 +225,28 @@ def text_color(page: Any) -> str:
 
 
 def test_themes_follow_the_system_and_the_switch(opened: Any) -> None:
-    light, dark = opened("one", color_scheme="light"), opened("one", color_scheme="dark")
-    backgrounds = [one.page.evaluate("getComputedStyle(document.body).backgroundColor") for one in (light, dark)]
-    assert backgrounds == ["rgb(255, 255, 255)", "rgb(20, 23, 27)"]
-    assert text_color(light.page) != text_color(dark.page)
-    wanted = text_color(light.page)
-    dark.page.get_by_text("light", exact=True).click()
-    dark.page.wait_for_function("document.documentElement.dataset.theme === 'light'")
-    dark.page.wait_for_timeout(500)
-    assert text_color(dark.page) == wanted
-    light.page.emulate_media(color_scheme="dark")
-    light.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-    dark.assert_quiet()
-    light.assert_quiet()
+    one = opened("one")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert one.page.evaluate(background) == "rgb(255, 255, 255)"
+    light = text_color(one.page)
+    one.page.emulate_media(color_scheme="dark")
+    one.page.wait_for_selector("html[data-theme=dark]")
+    one.page.wait_for_timeout(500)
+    assert one.page.evaluate(background) == "rgb(20, 23, 27)"
+    assert text_color(one.page) != light
+    one.page.get_by_text("light", exact=True).click()
+    one.page.wait_for_selector("html[data-theme=light]")
+    one.page.wait_for_timeout(500)
+    assert text_color(one.page) == light
+    one.page.get_by_text("auto", exact=True).click()
+    one.page.wait_for_selector("html[data-theme=dark]")
+    one.page.emulate_media(color_scheme="light")
+    one.page.wait_for_selector("html[data-theme=light]")
+    one.assert_quiet()
 
 
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_a_phone_shows_all_of_it(name: str, opened: Any) -> None:
-    phone = opened(name, viewport={"width": 390, "height": 844}, device_scale_factor=2, has_touch=True, is_mobile=True)
+def test_a_phone_shows_all_of_it(opened: Any) -> None:
+    phone = opened("two", viewport={"width": 390, "height": 844}, device_scale_factor=2, has_touch=True, is_mobile=True)
     assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
     for chart in phone.page.locator("[data-chart]").all():
         box = chart.bounding_box()
@@ -250,15 +257,21 @@ def test_a_phone_shows_all_of_it(name: str, opened: Any) -> None:
 
 
 def test_it_prints_light_and_without_controls(opened: Any) -> None:
-    dark = opened("one", color_scheme="dark")
-    pdf = dark.page.pdf(format="A4")
-    assert pdf.startswith(b"%PDF")
-    dark.page.emulate_media(media="print")
-    assert not dark.page.locator("fieldset").is_visible()
-    assert not dark.page.locator("#limit").is_visible()
-    # Afterwards it is dark again.
-    dark.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-    assert dark.said == []
+    one = opened("one")
+    one.page.emulate_media(color_scheme="dark")
+    one.page.wait_for_selector("html[data-theme=dark]")
+    one.page.evaluate(
+        """window.themes = []; new MutationObserver(() => window.themes.push(document.documentElement.dataset.theme))
+        .observe(document.documentElement, {attributes: true})"""
+    )
+    assert one.page.pdf(format="A4").startswith(b"%PDF")
+    assert one.page.evaluate("window.themes") == ["light", "dark"]
+    one.page.emulate_media(media="print")
+    assert not one.page.locator("fieldset").is_visible()
+    assert not one.page.locator("#limit").is_visible()
+    one.page.emulate_media(media="screen", color_scheme="light")
+    one.page.wait_for_selector("html[data-theme=light]")
+    one.assert_quiet()
 
 
 def test_without_scripts_the_words_and_tables_are_there(browser: Any, pages: dict[str, Path]) -> None:

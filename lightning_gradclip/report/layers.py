@@ -122,21 +122,29 @@ def _dominant(names: tuple[str, ...], late: Numbers, norm_type: float) -> Iterat
     alive = late[late > 0]
     if len(alive) < 4 or not np.isfinite(norm_type):
         return
-    # Relative to the largest, so that no power overflows.
+    # Its share of the sum of powers; relative to the largest, so that no power overflows.
     shares = np.nan_to_num(late / alive.max()) ** norm_type
     row = int(shares.argmax())
     if shares[row] > DOMINANT * shares.sum():
-        yield Finding(names[row], "dominant", float(shares[row] / shares.sum()), float(late[row]))
+        yield Finding(names[row], "dominant", float((shares[row] / shares.sum()) ** (1 / norm_type)), float(late[row]))
 
 
 def _spiking(heat: Heat) -> Iterator[Finding]:
-    largest, usual = np.fmax.reduce(heat.largest, axis=1), median(heat.median.T)
-    times = np.divide(largest, usual, out=np.zeros(len(usual)), where=(usual > 0) & np.isfinite(largest))
+    usual = _smoothed(heat.median)
+    times = np.divide(heat.largest, usual, out=np.zeros_like(usual), where=(usual > 0) & np.isfinite(heat.largest))
+    most, place = times.max(axis=1), times.argmax(axis=1)
     # A step that is a spike in every scope says nothing about one of them.
-    least = SPIKING * max(1.0, float(np.median(times)) / 10)
-    for row in np.argsort(-times):
-        if times[row] > least:
-            yield Finding(heat.names[row], "spiking", float(times[row]), float(largest[row]))
+    least = SPIKING * max(1.0, float(np.median(most)) / 10)
+    for row in np.argsort(-most):
+        if most[row] > least:
+            yield Finding(heat.names[row], "spiking", float(most[row]), float(heat.largest[row, place[row]]))
+
+
+def _smoothed(medians: Numbers, reach: int = 3) -> Numbers:
+    """The median of each column and its neighbours on both sides, `(s, t)`."""
+    padded = np.pad(medians, ((0, 0), (reach, reach)), constant_values=np.nan)
+    count = medians.shape[1]
+    return median(np.stack([padded[:, shift : shift + count] for shift in range(2 * reach + 1)]))
 
 
 def _blocks(

@@ -15,8 +15,8 @@ _SCOPES = {
     "exploding": "{scope} explodes: its norm, {norm}, is {number} times larger than that of a typical scope.",
     "fallen": "{scope} vanishes over the run: its norm has fallen {number}-fold, to {norm}, and others have not.",
     "risen": "{scope} explodes over the run: its norm has risen {number}-fold, to {norm}, and others have not.",
-    "dominant": "{scope} makes up {share} of the whole norm, so it alone decides when all others are scaled down.",
-    "spiking": "{scope} spikes: its largest norm, {norm}, is {number} times its median.",
+    "dominant": "{scope} dominates: its norm is {share} of the whole norm, so it decides when all are scaled down.",
+    "spiking": "{scope} spikes: a norm of {norm} is {number} times its level at that time.",
 }
 
 
