@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it, and torch by neither.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,12 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "report":
-            return _report(options)
-        return _advise(options)
+        status = _report(options) if options.command == "report" else _advise(options)
+        sys.stdout.flush()
+        return status
     except RunError as error:
         print(f"lightning-gradclip: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads, `head` for instance, has seen enough; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

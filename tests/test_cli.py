@@ -1,6 +1,8 @@
 """The command line: what it accepts, and one line for what it cannot use."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -275,3 +277,29 @@ def test_reading_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["advise", str(path)]) == 0
     assert before == {one.name: (one.read_bytes(), one.stat().st_mtime_ns) for one in path.iterdir()}
     assert len(History(path).steps) == 300
+
+
+def test_a_reader_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
+    record(tmp_path / "run", NORMS)
+    code = "import sys\nfrom lightning_gradclip.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "advise", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^lightning-gradclip .*", README, re.MULTILINE))
+def test_the_commands_of_the_readme_work(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("version_0", "version_1"):
+        record(tmp_path / "lightning_logs" / name / "gradclip", np.tile(NORMS, 5), 1.0)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line.partition("  #")[0])[1:]) == 0
+    assert capsys.readouterr().err == ""
