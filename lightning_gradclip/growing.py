@@ -47,7 +47,7 @@ class GrowingArray:
         # Unbuffered: what is written is with the operating system, and survives the death of this process.
         self._file = path.open("r+b", buffering=0)
         try:
-            self._write_count()
+            self._set_count(self.rows)
             self._file.truncate(self._end)
         except OSError:
             self._file.close()
@@ -55,19 +55,12 @@ class GrowingArray:
 
     def append(self, rows: npt.NDArray[np.generic]) -> None:
         """Write rows, `(n, *row_shape)`; if that fails none of them counts, and appending may be tried again."""
-        before = self.rows
         self._write(self._end, np.ascontiguousarray(rows, self._dtype).tobytes())
-        self.rows += len(rows)
-        try:
-            self._write_count()
-        except OSError:
-            self.rows = before
-            raise
+        self._set_count(self.rows + len(rows))
 
     def drop(self, keep: int) -> None:
         """Drop all rows behind the first `keep`."""
-        self.rows = min(self.rows, keep)
-        self._write_count()
+        self._set_count(min(self.rows, keep))
 
     def close(self) -> None:
         """Hand everything to the disk and close the file."""
@@ -81,8 +74,9 @@ class GrowingArray:
     def _end(self) -> int:
         return HEADER_BYTES + self.rows * self._row_bytes
 
-    def _write_count(self) -> None:
-        self._write(0, _header(self._dtype, (self.rows, *self._row_shape)))
+    def _set_count(self, rows: int) -> None:
+        self._write(0, _header(self._dtype, (rows, *self._row_shape)))
+        self.rows = rows
 
     def _write(self, offset: int, content: bytes) -> None:
         self._file.seek(offset)
