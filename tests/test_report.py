@@ -204,6 +204,16 @@ def test_the_heat_map_holds_medians_and_peaks(tmp_path: Path) -> None:
     assert found.step.tolist() == list(range(0, 480, 2))
 
 
+def test_the_heat_map_misses_no_peak_of_a_long_run(tmp_path: Path) -> None:
+    norms = np.ones(24_000)
+    norms[7777] = 300.0
+    found = heat(recorded(tmp_path, np.ones(24_000), scopes={"one": norms}))
+    assert found is not None
+    assert found.largest[0].argmax() == 77
+    assert found.largest[0].max() == 300
+    assert (found.median == 1).all()
+
+
 def test_medians_leave_out_what_is_absent() -> None:
     rows = np.exp(RNG.normal(size=(9, 40)))
     rows[RNG.random(rows.shape) < 0.5] = np.nan
@@ -259,7 +269,10 @@ def test_logged_points_are_read_from_both_loggers(every: int, tmp_path: Path) ->
         assert run.parts[0].names == ("encoder", "head")
         text = said(run)
         assert f"it changed {percent(float((norms > 5).mean()))} of the steps" in text
-        assert "plotly" in page([run])
+        html = page([run])
+        assert ("log events with a step over it" in html) == (every > 1)
+        # A mean over the largest steps of log events would not be one over steps.
+        assert np.isnan(decoded(data_of(html)[0]["whatIf"]["mean"], "<f8")).all() == (every > 1)
 
 
 def test_several_callbacks_and_optimizers_of_a_logger_are_told_apart(tmp_path: Path) -> None:
@@ -270,6 +283,16 @@ def test_several_callbacks_and_optimizers_of_a_logger_are_told_apart(tmp_path: P
     runs = find_runs([tmp_path])
     assert [run.name.rpartition(" ")[2] for run in runs] == names
     assert [run.optimizer for run in runs] == [0, 1, None]
+
+
+def test_counts_since_the_start_are_told_apart_by_point(tmp_path: Path) -> None:
+    lines = [f"{step},0.0,1.0,1.0,{skipped}" for step, skipped in enumerate((0, 2, 5, 5, 1))]
+    header = "step,gradclip/clip_rate,gradclip/norm,gradclip/norm_max,gradclip/skipped"
+    (tmp_path / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
+    (run,) = find_runs([tmp_path / "metrics.csv"])
+    # The last one was written after a start from the beginning.
+    assert run.skipped.tolist() == [0, 2, 3, 0, 1]
+    assert summarize(run).skipped == 6
 
 
 def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def norms_of(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run, two runs side by side, and a long one."""
+    """One run, two runs side by side, a long one, what a logger kept, and runs in which nothing is as usual."""
     folder = tmp_path_factory.mktemp("report")
     scopes = {name: norms_of(800) * scale for name, scale in (("encoder", 0.3), (NAUGHTY, 0.2), ("head", 1e-6))}
     scopes["head"][:200] = np.nan
@@ -51,7 +51,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     record(folder / "two" / NAUGHTY.replace("/", "") / "gradclip", norms_of(800), 1.5, method=NormClip(max_norm=1.5))
     record(folder / "two" / "plain" / "gradclip", norms_of(800, 1), 0.5, scopes=scopes, method=NormClip(max_norm=0.5))
     record(folder / "long", norms_of(1_000_000), 2.0, method=NormClip(max_norm=2.0))
-    made = {name: folder / f"{name}.html" for name in ("one", "two", "long")}
+    for name, odd in (("single", 1.0), ("zero", np.zeros(9)), ("nan", np.full(9, np.nan)), ("far", [1e-300, 1e300])):
+        norms = np.atleast_1d(np.array(odd))
+        record(folder / "odd" / name, norms, 1.0, scopes={"a": norms, "b": norms}, method=NormClip())
+    (folder / "logged").mkdir()
+    lines = [f"{step},0.1,{1 + step % 3},{3 + step % 5},1,0.5,0,0" for step in range(0, 400, 10)]
+    header = "step,clip_rate,norm,norm_max,norm_clipped,coef_min,skipped,nonfinite".replace(",", ",gradclip/")
+    (folder / "logged" / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
+    made = {name: folder / f"{name}.html" for name in ("one", "two", "long", "odd", "logged")}
     for name, path in made.items():
         write_report(find_runs([folder / name]), path)
     return made
@@ -125,6 +132,23 @@ def test_every_chart_is_drawn_and_nobody_is_asked(opened: Any) -> None:
     assert set(one.drawn("whatIf")["traces"]) == {"steps clipped", "mean factor", "strongest factor"}
     assert one.page.locator("[data-chart=heat] .hm image").count() == 1
     one.assert_quiet()
+
+
+def test_odd_runs_are_drawn(opened: Any) -> None:
+    odd = opened("odd")
+    assert odd.page.locator("[data-chart=norms] .main-svg").count() > 3
+    assert odd.page.locator("[data-chart=heat] .main-svg").count() > 3
+    assert odd.drawn("norms", 1)["traces"]["NaN or infinite"] == 9
+    odd.assert_quiet()
+
+
+def test_log_events_are_drawn_as_what_they_are(opened: Any) -> None:
+    logged = opened("logged")
+    traces = set(logged.drawn("norms")["traces"])
+    assert traces == {"largest before clipping", "mean before clipping", "mean after clipping", "clipped"}
+    assert set(logged.drawn("whatIf")["traces"]) == {"log events with a clipped step", "strongest factor"}
+    assert "clips a step between" in logged.page.locator("#answer").text_content()
+    logged.assert_quiet()
 
 
 def test_names_are_shown_as_text(opened: Any) -> None:

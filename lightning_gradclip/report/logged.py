@@ -116,5 +116,7 @@ def _run(points: Points, prefix: str, name: str) -> Run:
 
 
 def _increments(counts: Numbers) -> Numbers:
-    """What was added at each point to a count since the start."""
-    return np.diff(np.nan_to_num(counts), prepend=0.0).clip(0.0)
+    """What was added at each point to a count since the start; one that falls has started again."""
+    known = np.nan_to_num(counts)
+    added = np.diff(known, prepend=0.0)
+    return np.where(added < 0, known, added)

@@ -31,7 +31,7 @@ function axis(more) {
   return { gridcolor: color("grid"), linecolor: color("line"), zeroline: false, automargin: true, ...more };
 }
 
-const logAxis = more => axis({ type: "log", exponentformat: "power", minorloglabels: "none", ...more });
+const logAxis = (more, low = 1, high = 1e9) => axis({ type: "log", exponentformat: "power", ...(high / low < 300 ? { dtick: "D2", tickformat: "~g" } : { minorloglabels: "none" }), ...more });
 
 function layout(element, more) {
   return {
@@ -96,18 +96,21 @@ function markers(name, symbol, shade, size, groups, y, text) {
 
 function normTraces(run, from, to) {
   const view = merged(run.norms, from, to), groups = view.groups;
-  const what = run.eachStep ? "" : " (mean to largest)";
   const line = (name, shade, more, points) => ({
     type: "scatter", mode: groups.length > 1 ? "lines" : "lines+markers", name, ...points, connectgaps: false,
     line: { color: color(shade), width: 1.4, ...more }, hovertemplate: `step %{x:,d}<br>${name} %{y:.4g}<extra></extra>`,
   });
-  const traces = [line(`before clipping${what}`, "before", {}, zigzag(view, "low", "high"))];
+  const after = run.observed ? "after clipping, had it been done" : "after clipping";
+  const points = name => ({ x: groups.map(one => one.step), y: groups.map(one => one[name]) });
+  const traces = run.eachStep
+    ? [line("before clipping", "before", {}, zigzag(view, "low", "high"))]
+    : [line("largest before clipping", "before", { dash: "dot" }, points("high")), line("mean before clipping", "before", {}, points("median"))];
   if (groups.some(one => one.changed > 0)) {
-    traces.push(line(run.observed ? "after clipping, had it been done" : "after clipping", "after", {}, zigzag(view, "lowClipped", "highClipped")));
+    traces.push(run.eachStep ? line(after, "after", {}, zigzag(view, "lowClipped", "highClipped")) : line(`mean ${after}`, "after", {}, points("highClipped")));
   }
-  if (!view.single && run.eachStep) traces.push(line("median", "text", {}, { x: groups.map(one => one.step), y: groups.map(one => one.median) }));
+  if (!view.single && run.eachStep) traces.push(line("median", "text", {}, points("median")));
   if (groups.some(one => !isNaN(one.limit))) {
-    traces.push(line("limit", "limit", { dash: "dash", shape: "hv", width: 1.8 }, { x: groups.map(one => one.step), y: groups.map(one => one.limit) }));
+    traces.push(line("limit", "limit", { dash: "dash", shape: "hv", width: 1.8 }, points("limit")));
   }
   const top = 2 * groups.reduce((most, one) => Math.max(most, one.high || 0, one.limit || 0), 0) || 1;
   const finite = groups.filter(one => one.high > 0);
@@ -153,6 +156,10 @@ function drawNorms(element, place) {
   });
 }
 
+/** The smallest and the largest limit that can be tried. */
+const LIMITS = RUNS.filter(run => run.whatIf).map(run => run.whatIf.limit);
+const SPAN = [Math.min(...LIMITS.map(one => one[0])), Math.max(...LIMITS.map(one => one[one.length - 1]))];
+
 function guide(x, name, shade, side, row) {
   return {
     shape: { type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color: shade, width: 1.5, dash: name === "limit" ? "dash" : "dot" } },
@@ -167,16 +174,16 @@ function drawSpread(element) {
     return {
       type: "scatter", mode: "lines", name: plain(run.name), showlegend: !alone, x: [edges[0], ...edges], y: [0, ...share, 0],
       line: { shape: "hv", color: runColor(place), width: 1.6 }, fill: "tozeroy", fillcolor: runColor(place) + (alone ? "44" : "22"),
-      hovertemplate: "from norm %{x:.4g}<br>%{y:.2%} of the steps<extra></extra>",
+      hovertemplate: `from norm %{x:.4g}<br>%{y:.2%} of the ${run.eachStep ? "steps" : "log events"}<extra></extra>`,
     };
   });
   const guides = RUNS.flatMap((run, place) => {
-    const marks = alone ? [["50", "median", "right"], ["90", "90 %", "right"], ["99", "99 %", "left"]] : [];
+    const marks = alone && run.eachStep ? [["50", "median", "right"], ["90", "90 %", "right"], ["99", "99 %", "left"]] : [];
     const shown = marks.filter(([at]) => run.percentiles[at] > 0).map(([at, name, side], row) => guide(run.percentiles[at], name, color("soft"), side, row));
     return run.limit > 0 ? [...shown, guide(run.limit, alone ? "limit" : "", alone ? color("limit") : runColor(place), "left", 3)] : shown;
   });
   return Plotly.react(element, traces, layout(element, {
-    xaxis: logAxis({ title: { text: "gradient norm" } }), yaxis: axis({ tickformat: ".0%", rangemode: "tozero" }),
+    xaxis: logAxis({ title: { text: "gradient norm" } }, ...SPAN), yaxis: axis({ tickformat: ".0%", rangemode: "tozero" }),
     shapes: guides.map(one => one.shape), annotations: guides.map(one => one.note).filter(one => one.text), showlegend: !alone,
   }), CONFIG);
 }
@@ -188,14 +195,13 @@ function drawWhatIf(element) {
   const traces = RUNS.flatMap((run, place) => {
     if (!run.whatIf) return [];
     const { limit, share, mean, strongest } = run.whatIf, name = plain(run.name);
-    const unit = run.eachStep ? "steps" : "log events with a step over it";
     const line = (label, y, more) => ({
       type: "scatter", mode: "lines", x: limit, y, ...(alone ? {} : { legendgroup: name }), name: alone ? label : name, showlegend: alone,
       line: { color: runColor(place), width: 2, ...more.line }, hovertemplate: `limit %{x:.4g}<br>${label} ${more.format}<extra>${alone ? "" : name}</extra>`, yaxis: more.yaxis,
     });
     return [
-      { ...line(`${unit} clipped`, share, { format: "%{y:.2%}" }), showlegend: true },
-      line("mean factor", mean, { format: "%{y:.3g}", yaxis: "y2", line: { color: alone ? color("run-2") : runColor(place) } }),
+      { ...line(run.eachStep ? "steps clipped" : "log events with a clipped step", share, { format: "%{y:.2%}" }), showlegend: true },
+      ...(run.eachStep ? [mean] : []).map(one => line("mean factor", one, { format: "%{y:.3g}", yaxis: "y2", line: { color: alone ? color("run-2") : runColor(place) } })),
       line("strongest factor", strongest, { format: "%{y:.3g}", yaxis: "y2", line: { color: alone ? color("run-1") : runColor(place), dash: "dot" } }),
     ];
   });
@@ -204,7 +210,7 @@ function drawWhatIf(element) {
   if (chosen) shapes.push(vertical(chosen, color("accent"), "solid"));
   return Plotly.react(element, traces, layout(element, {
     height: narrow(element) ? 420 : 480, shapes,
-    xaxis: logAxis({ title: { text: "limit" }, anchor: "y2" }),
+    xaxis: logAxis({ title: { text: "limit" }, anchor: "y2" }, ...SPAN),
     yaxis: axis({ domain: [0.46, 1], tickformat: ".0%", range: [-0.03, 1.03] }),
     yaxis2: axis({ domain: [0, 0.38], range: [-0.05, 1.05] }),
   }), CONFIG);
@@ -214,14 +220,15 @@ function tryLimit() {
   const runs = RUNS.filter(run => run.whatIf);
   if (!runs.length) return;
   const slider = document.getElementById("limit");
-  const low = Math.log(Math.min(...runs.map(run => run.whatIf.limit[0])));
-  const high = Math.log(Math.max(...runs.map(run => run.whatIf.limit[run.whatIf.limit.length - 1])));
+  const [low, high] = SPAN.map(Math.log);
   chosen = Math.exp(low + (high - low) * slider.value / 1000);
   const lines = runs.map(run => {
     const { limit, mean, strongest } = run.whatIf, at = Math.max(0, limit.findLastIndex(one => one <= chosen));
     const share = run.whatIf.share[at];
-    const hard = share > 0 && run.eachStep ? `, to ${short(mean[at])} of their length on average and ${short(Math.min(1, strongest[at]))} where it is most` : "";
-    return `${RUNS.length > 1 ? `${run.name}: a` : "A"} limit of ${short(chosen)} clips ${percent(share)} of the ${run.eachStep ? "steps" : "log events"}${hard}.`;
+    const most = share > 0 ? short(Math.min(1, strongest[at])) : "";
+    const hard = !share ? "" : run.eachStep ? `, to ${short(mean[at])} of their length on average and ${most} where it is most` : `, to ${most} where it is most`;
+    const what = run.eachStep ? `clips ${percent(share)} of the steps` : `clips a step between ${percent(share)} of the log events`;
+    return `${RUNS.length > 1 ? `${run.name}: a` : "A"} limit of ${short(chosen)} ${what}${hard}.`;
   });
   document.getElementById("answer").textContent = lines.join(" ");
   slider.setAttribute("aria-valuetext", short(chosen));

@@ -161,7 +161,10 @@ def _limits(shown: Shown) -> list[tuple[str, str, str, str]]:
     tried = np.unique([*np.percentile(sizes, _SHARES), 2 * np.median(sizes)])
     curve = what_if(sizes, tried)
     columns = zip(*(one.tolist() for one in (curve.limit, curve.share, curve.mean, curve.strongest)), strict=True)
-    return [(number(limit), percent(share), number(mean), number(most)) for limit, share, mean, most in columns]
+    return [
+        (number(limit), percent(share), number(mean) if shown.run.each_step else "-", number(most))
+        for limit, share, mean, most in columns
+    ]
 
 
 def _largest(run: Run) -> list[tuple[str, ...]]:

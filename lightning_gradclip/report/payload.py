@@ -30,7 +30,7 @@ def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Findi
         "limit": _finite(summary.limit),
         "norms": _norms(run, max(1024, int(_POINTS * share))),
         "spread": _spread(sizes),
-        "whatIf": _what_if(sizes) if len(sizes) else None,
+        "whatIf": _what_if(sizes, run.each_step) if len(sizes) else None,
         "heat": None if heat is None else _heat(heat, found),
     }
 
@@ -61,9 +61,11 @@ def _spread(sizes: Numbers) -> dict[str, Any] | None:
     return {"edges": (10**edges).tolist(), "share": (counts / len(sizes)).tolist()}
 
 
-def _what_if(sizes: Numbers) -> dict[str, Any]:
+def _what_if(sizes: Numbers, each_step: bool) -> dict[str, Any]:
     curve = what_if(sizes)
-    columns = {"limit": curve.limit, "share": curve.share, "mean": curve.mean, "strongest": curve.strongest}
+    # A mean over the largest steps of log events would not be one over steps.
+    mean = curve.mean if each_step else np.full(len(curve.limit), np.nan)
+    columns = {"limit": curve.limit, "share": curve.share, "mean": mean, "strongest": curve.strongest}
     return {name: _encoded(column, "<f8") for name, column in columns.items()}
 
 
