@@ -194,6 +194,11 @@ def test_zooming_in_shows_what_the_whole_run_hides(opened: Any) -> None:
     whole = long.drawn("norms")
     assert whole["traces"]["before clipping"] <= 3100
     assert "median" in whole["traces"]
+    line = long.page.locator("[data-chart=norms]").evaluate("element => [element.data[0].x, element.data[0].y]")
+    starts, tops = np.array(line[0][::2], dtype=int), np.array(line[1][1::2])
+    # Each point stands for hundreds of steps, and for the largest of them.
+    assert np.diff(starts).max() > 500
+    assert np.allclose(tops, np.fmax.reduceat(norms_of(1_000_000), starts), rtol=1e-6)
     long.page.locator("[data-chart=norms]").scroll_into_view_if_needed()
     drag(long.page, "norms", 0.5, 0.52)
     long.page.wait_for_selector("[data-chart=norms][data-range]")

@@ -155,7 +155,7 @@ def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
         f"largest {number(float(sizes.max()))}",
         f"twice the median, a common choice, is {number(common)}: {percent(over)} of the steps are over it",
     ]
-    changed = float(np.mean(run.changed > 0))
+    changed = float(np.nanmean(run.changed))
     if changed and not run.observed:
         lines.append(
             f"{percent(changed)} of these steps were changed by clipping. The norms are those from before, so they\n"

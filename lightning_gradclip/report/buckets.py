@@ -24,7 +24,7 @@ class Buckets:
         median: The median norm before clipping.
         low_clipped: The smallest norm after clipping; `high_clipped` the largest.
         limit: At the first step.
-        changed: Share of the steps that clipping changed.
+        changed: Share of the steps that clipping changed; one that was not finite counts as not changed.
         skipped: Dropped steps; `nonfinite` those with NaN or infinite gradients.
     """
 

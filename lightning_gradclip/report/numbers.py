@@ -20,7 +20,7 @@ class Summary:
         first: The first step; `last` the last.
         median: Of the finite norms; `percentiles` has more of them, `smallest` and `largest` the ends.
         largest_step: Where the largest norm was.
-        rate: Share of the steps that clipping changed, or would have changed.
+        rate: Share of the finite steps that clipping changed, or would have changed.
         cut: Mean factor of the steps that were scaled down; `strongest` the smallest.
         cut_spread: 90th over 10th percentile of these factors: 1 is a constant rescale.
         limit: The last limit; `limit_low` and `limit_high` bound all of them.

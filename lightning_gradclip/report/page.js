@@ -115,7 +115,7 @@ function normTraces(run, from, to) {
   const top = 2 * groups.reduce((most, one) => Math.max(most, one.high || 0, one.limit || 0), 0) || 1;
   const finite = groups.filter(one => one.high > 0);
   const said = one => `norm ${short(one.high)}` + (one.changed < 1 && !view.single ? `<br>${percent(one.changed)} of the steps here` : "");
-  const clipped = finite.filter(one => one.changed > 0 && !one.skipped);
+  const clipped = finite.filter(one => one.changed > 0 && one.skipped <= one.nonfinite);
   if (clipped.length) traces.push(markers("clipped", "circle", "clipped", clipped.length > 200 ? 3.5 : 5, clipped, one => one.high, said));
   const dropped = groups.filter(one => one.skipped > 0 && one.skipped > one.nonfinite);
   if (dropped.length) traces.push(markers("dropped", "triangle-down", "dropped", 9, dropped, one => one.high || top, one => `${one.skipped} dropped, norm ${short(one.high)}`));

@@ -134,7 +134,7 @@ def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
     described: dict[str, Callable[[Shown], str]] = {
         "steps": lambda s: f"{s.summary.points:,}" + ("" if s.run.each_step else " log events"),
         "first and last step": lambda s: f"{s.summary.first:,} to {s.summary.last:,}",
-        "steps that clipping changed": lambda s: percent(s.summary.rate),
+        "finite steps that clipping changed": lambda s: percent(s.summary.rate),
         "mean factor of these": lambda s: number(s.summary.cut),
         "strongest factor": lambda s: number(s.summary.strongest),
         "last limit": lambda s: number(s.summary.limit),

@@ -28,7 +28,7 @@ class Run:
         norm_clipped: After clipping; 0 for a dropped step.
         limit: NaN where there was none, or more than one.
         coef: The smallest factor applied.
-        changed: Share of the steps that clipping changed.
+        changed: Share of the steps that clipping changed; NaN for a step that was not finite.
         skipped: Dropped steps.
         nonfinite: Steps with NaN or infinite gradients.
         parts: Norms of scopes; `first_row` is a position in the arrays above.
@@ -96,7 +96,7 @@ def from_history(history: History, name: str = "") -> Run:
         norm_clipped=np.where(finite, rows["norm_clipped"], np.nan),
         limit=comparable(rows["limit"], rows["coef"], segments),
         coef=np.where(finite, rows["coef"], np.nan),
-        changed=rows["changed"].astype(float),
+        changed=np.where(finite, rows["changed"], np.nan),
         skipped=rows["skipped"].astype(float),
         nonfinite=(~rows["finite"]).astype(float),
         parts=history.parts,
