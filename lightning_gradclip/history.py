@@ -154,6 +154,24 @@ def read_steps(folder: Path) -> Steps:
     return cast("Steps", read_rows(folder / "steps.npy", STEP))
 
 
+def rows_before(folder: Path, start_step: int) -> int:
+    """How many rows of a history come before this step; none where there is no history yet.
+
+    Raises:
+        OSError: If a file cannot be read.
+        HistoryFormatError: If what is there is no history of this version.
+    """
+    path = folder / "steps.npy"
+    if not path.exists():
+        if (folder / "meta.json").exists():
+            read_meta(folder)
+        return 0
+    read_meta(folder)
+    steps = read_steps(folder)["step"]
+    later = np.flatnonzero(steps >= start_step)
+    return int(later[0]) if len(later) else len(steps)
+
+
 def part_paths(folder: Path) -> list[Path]:
     """The `scopes.<number>.json` of a history, in the order in which they were written."""
     numbered = ((path.name.split("."), path) for path in folder.glob("scopes.*.json"))

@@ -24,7 +24,7 @@ from lightning_gradclip.history import (
     plain,
     read_meta,
     read_part,
-    read_steps,
+    rows_before,
 )
 
 
@@ -80,7 +80,7 @@ class HistoryWriter:
         about = {"format": FORMAT, "version": VERSION, "package": _package_version()}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            keep = _rows_before(self.folder, start_step)
+            keep = rows_before(self.folder, start_step)
             segments = _segments(self.folder, segment, keep)
             _write_json(
                 self.folder / "meta.json", {**about, "name": name, "optimizer": optimizer, "segments": segments}
@@ -228,19 +228,6 @@ def _checked_norms(scopes: Sequence[str], norms: npt.ArrayLike | None, count: in
     if matrix.shape != (count, len(scopes)):
         raise ValueError(f"append() got scope_norms of shape {matrix.shape}; it must be {(count, len(scopes))}")
     return matrix
-
-
-def _rows_before(folder: Path, start_step: int) -> int:
-    """How many rows of an existing history come before this step."""
-    path = folder / "steps.npy"
-    if not path.exists():
-        if (folder / "meta.json").exists():
-            read_meta(folder)
-        return 0
-    read_meta(folder)
-    steps = read_steps(folder)["step"]
-    later = np.flatnonzero(steps >= start_step)
-    return int(later[0]) if len(later) else len(steps)
 
 
 def _segments(folder: Path, segment: dict[str, Any], keep: int) -> list[dict[str, Any]]:

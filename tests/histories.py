@@ -61,11 +61,11 @@ def record(
     """
     finite = np.isfinite(norms)
     over = finite & (norms > limit)
-    coef = np.where(over, limit / (norms + 1e-6), 1.0)
+    coef = np.divide(limit, norms + 1e-6, out=np.ones(len(norms)), where=over)
     dropped = ~finite | (over if action == "skip" else False)
     columns = {
         "norm": norms,
-        "norm_clipped": np.where(dropped, 0.0, norms * coef),
+        "norm_clipped": np.where(dropped, 0.0, np.where(finite, norms, 0.0) * coef),
         "limit": np.full(len(norms), limit),
         "coef": np.where(dropped, 0.0, coef),
         "clipped": over,

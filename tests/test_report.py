@@ -160,7 +160,21 @@ def test_lost_steps_and_moving_levels_are_told(tmp_path: Path) -> None:
     assert "the largest norm, 300, came at step 700." in text
     # Dropping what is not finite is not clipping.
     assert "Clipping" not in said(recorded(tmp_path / "nan", np.full(50, np.nan), 1.0, method=NormClip()))
-    assert "No step was dropped, and all gradients were finite." in said(recorded(tmp_path / "good", np.ones(50)))
+    assert "All gradients were finite, and no step was dropped." in said(recorded(tmp_path / "good", np.ones(50)))
+
+
+def test_the_calibration_of_a_scaler_is_no_fault(tmp_path: Path) -> None:
+    norms = np.ones(100)
+    norms[:4] = np.inf
+    steps = np.load(record(tmp_path, norms) / "steps.npy", mmap_mode="r+")
+    steps["overflow"][:4] = True
+    steps.flush()
+    run = from_history(History(tmp_path))
+    text = said(run)
+    assert "The GradScaler dropped 4 steps while it calibrated its scale, which is normal." in text
+    assert "No other step was dropped." in text
+    summary = summarize(run)
+    assert (summary.overflows, summary.skipped, summary.nonfinite) == (4, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def _run(points: Points, prefix: str, name: str) -> Run:
         changed=column(_MARK[1:]),
         skipped=_increments(column("skipped")),
         nonfinite=_increments(column("nonfinite")),
+        overflows=_increments(column("overflows")),
         parts=(ScopePart(0, names, norms.astype(np.float32)),) if names else (),
         optimizer=int(index) if index.isdecimal() else None,
     )

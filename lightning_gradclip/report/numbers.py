@@ -25,6 +25,7 @@ class Summary:
         cut_spread: 90th over 10th percentile of these factors: 1 is a constant rescale.
         limit: The last limit; `limit_low` and `limit_high` bound all of them.
         skipped: Dropped steps; `nonfinite` those with NaN or infinite gradients.
+        overflows: Steps that the GradScaler dropped while it calibrated itself; counted apart from both.
         streak: The most dropped steps in a row.
         early: Median norm of the first tenth; `late` of the last.
         spikes: Steps with a norm SPIKE times that of their neighbours.
@@ -47,6 +48,7 @@ class Summary:
     limit_high: float
     skipped: int
     nonfinite: int
+    overflows: int
     streak: int
     early: float
     late: float
@@ -82,6 +84,7 @@ def summarize(run: Run) -> Summary:
         limit_high=_percentile(limits, 100),
         skipped=int(run.skipped.sum()),
         nonfinite=int(run.nonfinite.sum()),
+        overflows=int(run.overflows.sum()),
         streak=_longest(run.skipped > 0),
         early=_percentile(norms[:tenth], 50),
         late=_percentile(norms[-tenth:], 50),

@@ -19,6 +19,8 @@ from lightning_gradclip.report.run import Run
 from lightning_gradclip.report.words import Sentence, number, percent, sentences
 
 _MISSING = "the report needs plotly and jinja2; pip install 'lightning-gradclip[report]'"
+# In this order: each uses what those before it define.
+_SCRIPTS = ("base.js", "norms.js", "page.js")
 _LARGEST = 10
 _SHARES = (50, 75, 90, 95, 99, 99.9)
 
@@ -103,7 +105,7 @@ def page(runs: Sequence[Run]) -> str:
         largest=[_largest(s.run) for s in shown],
         scopes=[_scopes(s) for s in shown],
         css=Markup(_resource("page.css")),
-        script=Markup(_resource("page.js")),
+        script=Markup("\n".join(_resource(name) for name in _SCRIPTS)),
         plotly=Markup(get_plotlyjs()),
         # Nothing in it can end the script element.
         data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
@@ -149,6 +151,7 @@ def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
         "spikes": lambda s: f"{s.summary.spikes:,}" if s.run.each_step else "-",
         "dropped steps": lambda s: f"{s.summary.skipped:,}",
         "steps with NaN or infinity": lambda s: f"{s.summary.nonfinite:,}",
+        "overflows of the GradScaler": lambda s: f"{s.summary.overflows:,}",
     }
     return [(name, [cell(s) for s in shown]) for name, cell in described.items()]
 

@@ -29,8 +29,9 @@ class Run:
         limit: NaN where there was none, or more than one.
         coef: The smallest factor applied.
         changed: Share of the steps that clipping changed; NaN for a step that was not finite.
-        skipped: Dropped steps.
-        nonfinite: Steps with NaN or infinite gradients.
+        skipped: Dropped steps, those of `overflows` not among them.
+        nonfinite: Steps with NaN or infinite gradients, those of `overflows` not among them.
+        overflows: Steps that the GradScaler dropped while it calibrated itself.
         parts: Norms of scopes; `first_row` is a position in the arrays above.
         segments: Settings, each `from_step` on; empty where a logger did not keep them.
         optimizer: Index of the optimizer, where there are several.
@@ -47,6 +48,7 @@ class Run:
     changed: Numbers
     skipped: Numbers
     nonfinite: Numbers
+    overflows: Numbers
     parts: tuple[ScopePart, ...] = ()
     segments: tuple[Mapping[str, Any], ...] = field(default=())
     optimizer: int | None = None
@@ -97,8 +99,9 @@ def from_history(history: History, name: str = "") -> Run:
         limit=comparable(rows["limit"], rows["coef"], segments),
         coef=np.where(finite, rows["coef"], np.nan),
         changed=np.where(finite, rows["changed"], np.nan),
-        skipped=rows["skipped"].astype(float),
-        nonfinite=(~rows["finite"]).astype(float),
+        skipped=(rows["skipped"] & ~rows["overflow"]).astype(float),
+        nonfinite=(~rows["finite"] & ~rows["overflow"]).astype(float),
+        overflows=rows["overflow"].astype(float),
         parts=history.parts,
         segments=segments,
         optimizer=history.meta.get("optimizer"),

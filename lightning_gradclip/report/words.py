@@ -112,8 +112,12 @@ def _lost(summary: Summary) -> Iterator[Sentence]:
     if dropped:
         row = f", up to {summary.streak:,} in a row" if summary.streak > 1 else ""
         yield Sentence(f"{count(dropped, 'step')} ({percent(dropped / summary.points)}) were dropped{row}.", "bad")
+    if summary.overflows:
+        steps = count(summary.overflows, "step")
+        yield Sentence(f"The GradScaler dropped {steps} while it calibrated its scale, which is normal.")
     if not dropped and not bad:
-        yield Sentence("No step was dropped, and all gradients were finite.", "good")
+        finite = "No other step" if summary.overflows else "All gradients were finite, and no step"
+        yield Sentence(f"{finite} was dropped.", "good")
 
 
 def _norms(run: Run, summary: Summary) -> Iterator[Sentence]:
