@@ -53,7 +53,7 @@ def batch(count: int = 32, length: int = 40) -> tuple[torch.Tensor, torch.Tensor
 def train(folder: Path) -> None:
     torch.manual_seed(1)
     model = Adder()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     method = NormClip(max_norm=2.0)
     clipper = Clipper(model.named_parameters(), method, optimizer=optimizer)
     parameters = NormClip(per="parameter", max_norm=float("inf"))
@@ -76,8 +76,9 @@ def picture(page: Path) -> None:
         opened.wait_for_selector("html[data-drawn=yes]")
         taken = opened.screenshot(clip={"x": 0, "y": 0, "width": 860, "height": 1000})
         browser.close()
-    # 64 colours take a third of the space.
-    Image.open(io.BytesIO(taken)).convert("RGB").quantize(64).save(PICTURE, optimize=True)
+    # A palette takes a third of the space.
+    whole = Image.open(io.BytesIO(taken)).convert("RGB")
+    whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":
