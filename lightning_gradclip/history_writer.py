@@ -3,13 +3,13 @@
 import contextlib
 import json
 from collections.abc import Generator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import lightning_gradclip
 from lightning_gradclip.growing import GrowingArray, HistoryFormatError, replace_file
 from lightning_gradclip.history import (
     FORMAT,
@@ -77,7 +77,7 @@ class HistoryWriter:
             "norm_type": plain(getattr(method, "norm_type", 2.0)),
             "measure_per": measure_per,
         }
-        about = {"format": FORMAT, "version": VERSION, "package": _package_version()}
+        about = {"format": FORMAT, "version": VERSION, "package": lightning_gradclip.__version__}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = rows_before(self.folder, start_step)
@@ -202,14 +202,6 @@ class HistoryWriter:
         except OSError as error:
             what = f"cannot write the history: {error.strerror or error}"
             raise HistoryError(error.errno, what, str(error.filename or self.folder)) from error
-
-
-def _package_version() -> str | None:
-    """None in an application that was packed without the metadata of its parts."""
-    try:
-        return version("lightning-gradclip")
-    except PackageNotFoundError:
-        return None
 
 
 def _pick(columns: Sequence[str]) -> dict[str, int]:
