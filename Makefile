@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-packaging lint types check format dist clean
+.PHONY: help demo sweep test test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -13,6 +13,11 @@ help:  ## list the targets
 demo: $(VENV)/.ready  ## train a recurrent network on English text, clipped and logged (about two minutes)
 	@echo "==> Training the demo; try also: $(BIN)/python examples/train.py --help"
 	$(BIN)/python examples/train.py
+
+sweep: $(VENV)/.ready  ## train with each method and three seeds, and print the table of results (about five minutes)
+	@echo "==> Training 36 times, as many at once as there are cores; multirun/ keeps the logs"
+	$(BIN)/python examples/train.py -m hparams_search=methods experiment=quick hydra/launcher=joblib
+	$(BIN)/python examples/results.py --pool seed
 
 test: $(VENV)/.ready  ## run the tests
 	@echo "==> Running the tests"

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
+from outcome import in_sweep, record
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +19,8 @@ Log = dict[str, list[tuple[int, float]]]  # the (step, value) pairs of each metr
 
 
 def announce(config: DictConfig, data: LightningDataModule, model: LightningModule, trainer: Trainer) -> None:
+    if in_sweep():  # Hydra has said which job it is
+        return
     weights = sum(parameter.numel() for parameter in model.parameters())
     clippings = [clipping(node) for node in config.callbacks.values() if node and "method" in node]
     rows = {
@@ -33,6 +37,24 @@ def announce(config: DictConfig, data: LightningDataModule, model: LightningModu
 
 def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, stopped: str | None) -> None:
     log = read_log(trainer)
+    guessing = data.guessing()
+    reached = {key: float(trainer.callback_metrics.get(key, math.nan)) for key in guessing}
+    exploded = "val/loss" in guessing and diverged(log, reached["val/loss"], guessing["val/loss"])
+    verdict = "diverged" if stopped or exploded else "finished"
+    # A run that was stopped has no result, whatever its last validation said.
+    value = math.nan if stopped else float(trainer.callback_metrics.get(config.optimized_metric, math.nan))
+    record(
+        verdict,
+        reason=stopped,
+        metric=config.optimized_metric,
+        mode=config.optimized_mode,
+        value=value,
+        clip_rate=clip_rate(log) if "gradclip/clip_rate" in log else None,
+        largest_norm=highest(log["gradclip/norm_max"])[1] if "gradclip/norm_max" in log else None,
+    )
+    if in_sweep():
+        print(f"#{HydraConfig.get().job.num} {verdict}, {config.optimized_metric} {value:,.4g}")
+        return
     rows = {"steps": f"{trainer.global_step:,}"}
     if config.ckpt_path:
         rows["steps"] += " in all; below, those since the checkpoint"
@@ -41,8 +63,6 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
     if "train/loss" in log:
         step, peak = highest(log["train/loss"])
         rows["highest training loss"] = f"{peak:,.4g} at step {step:,}"
-    guessing = data.guessing()
-    reached = {key: float(trainer.callback_metrics.get(key, math.nan)) for key in guessing}
     for key, value in reached.items():
         rows[key.replace("val/", "validation ")] = f"{value:,.4g} (guessing: {guessing[key]:.4g})"
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
@@ -50,7 +70,7 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
     show("Outcome", rows)
     if stopped:
         say(f"Training diverged and stopped: {stopped}")
-    elif "val/loss" in guessing and diverged(log, reached["val/loss"], guessing["val/loss"]):
+    elif exploded:
         say("Training diverged: the loss exploded and ended no better than that of guessing.")
 
 
@@ -68,9 +88,8 @@ def clipping_rows(log: Log, clipped: str) -> dict[str, str]:
     norms = [norm for _, norm in log["gradclip/norm"]]
     half, most, nearly_all = np.percentile(norms, [50, 90, 99])
     step, largest = highest(log["gradclip/norm_max"])
-    rate = np.mean([rate for _, rate in log["gradclip/clip_rate"]])
     rows = {
-        clipped: f"{rate:.1%} of the steps",
+        clipped: f"{clip_rate(log):.1%} of the steps",
         "gradient norm": f"median {half:.3g}, 90th percentile {most:.3g}, 99th {nearly_all:.3g}",
         "largest norm": f"{largest:,.4g} at step {step:,}",
     }
@@ -78,6 +97,11 @@ def clipping_rows(log: Log, clipped: str) -> dict[str, str]:
         if count := log[f"gradclip/{key}"][-1][1]:
             rows[f"{key} steps"] = f"{count:,.0f}"
     return rows
+
+
+def clip_rate(log: Log) -> float:
+    """The share of the steps, as long as each is logged."""
+    return float(np.mean([rate for _, rate in log["gradclip/clip_rate"]]))
 
 
 def read_log(trainer: Trainer) -> Log:

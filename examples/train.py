@@ -10,8 +10,8 @@ Try:
 import logging
 import math
 import os
-import sys
 import warnings
+from pathlib import Path
 
 import hydra
 import torch
@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from outcome import refuse
 from summary import announce, conclude
 
 
@@ -36,10 +37,7 @@ def main(config: DictConfig) -> float:
         loggers = [instantiate(node) for node in config.logger.values() if node]
         trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     except InstantiationException as error:
-        # A mistake in the configuration: its own sentence says more than the traceback.
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"{error.__cause__ or error}")
+        refuse(error)
 
     if trainer.is_global_zero:
         announce(config, data, model, trainer)
@@ -50,15 +48,13 @@ def main(config: DictConfig) -> float:
         stopped = str(error)
     except (MisconfigurationException, FileNotFoundError, ValueError) as error:
         # Mistakes that show only once the model is known, such as a pattern that matches no parameter.
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(str(error))
+        refuse(error)
     if trainer.is_global_zero:
         conclude(config, data, trainer, stopped)
 
     metrics = trainer.callback_metrics
     if config.optimized_metric not in metrics and not stopped:
-        sys.exit(f"optimized_metric={config.optimized_metric} is not logged; use {list(metrics)}")
+        refuse(ValueError(f"optimized_metric={config.optimized_metric} is not logged; use one of {list(metrics)}"))
     # A sweeper ranks a run that diverged last.
     result = math.nan if stopped else float(metrics[config.optimized_metric])
     worst = -math.inf if config.optimized_mode == "max" else math.inf
@@ -81,4 +77,7 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
+    # A launcher may run jobs in processes of their own, which must find the modules beside this file.
+    folders = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     main()

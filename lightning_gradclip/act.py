@@ -1,5 +1,6 @@
 """From what a step would do to what is done: guard, write, learn. The only place that decides about a step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -132,7 +133,10 @@ class Actor:
         def count() -> None:
             self._skips.add(step, reason, warn=reduce.is_first_rank(), bounded=not scaled)
 
-        return Verdict(outcome, row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=0.0), count)
+        # Where nobody looks at the norm after clipping, dropped steps do not count as ones that were looked at.
+        unknown = row.finite and math.isnan(row.norm_clipped)
+        after = math.nan if unknown else 0.0
+        return Verdict(outcome, row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
 
     def _raising(self, step: int) -> Callable[[], None]:
         error = nonfinite.error(step, self._culprits())

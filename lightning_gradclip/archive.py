@@ -39,7 +39,7 @@ def in_floats(state: State) -> dict[str, Any]:
 
 
 def rows(state: State) -> dict[str, Tensor]:
-    """The state as tensors, whatever it is."""
+    """The state as tensors, whatever it is; the recent ones of floats are in ascending order."""
     stored = state.get("all")
     if not isinstance(stored, Everything):
         return dict(state)

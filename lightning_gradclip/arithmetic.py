@@ -1,7 +1,8 @@
 """Arithmetic on tensors and on plain floats alike, so that a rule is written once and used on both.
 
 The numbers of a single scope whose gradients are on CPU are floats: an operation costs thirty nanoseconds there, and a
-microsecond on a tensor. Both give the same bits. A rule says that it is written this way by `on_floats = True`.
+microsecond on a tensor. Both give the same bits, but for square roots, which torch does not always round correctly.
+A rule says that it is written this way by `on_floats = True`.
 """
 
 import math
@@ -25,7 +26,10 @@ def where(condition: Truth, yes: Number, no: Number) -> Number:
 
 def divide(dividend: Number, divisor: Number) -> Number:
     """The ratio; over 0 it is infinite, or NaN for 0."""
-    if isinstance(dividend, Tensor) or isinstance(divisor, Tensor) or divisor:
+    if isinstance(divisor, Tensor) and not isinstance(dividend, Tensor):
+        # A float over a tensor is for torch a product with the reciprocal, which rounds twice.
+        return torch.full_like(divisor, dividend) / divisor
+    if isinstance(dividend, Tensor) or divisor:
         return dividend / divisor
     return math.copysign(math.inf, dividend) if abs(dividend) > 0 else math.nan
 

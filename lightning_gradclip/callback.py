@@ -11,19 +11,18 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_gradclip import amp, checks, progress
+from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.policy import Policy, check_options
+from lightning_gradclip.policy import REQUIRED, Policy, check_options
 
 # Sharded gradients need a reduction over ranks, and DeepSpeed's engine keeps its gradients to itself.
 # By name, so that those of the package pytorch_lightning are known too.
 _UNSUPPORTED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _IN_BAR = ("norm", "clip_rate")
-# A default, so that a missing method is refused with the way to write one.
-_REQUIRED = cast("ClipMethod", ...)
 
 
-class GradientClipping(Callback):
+class GradientClipping(KnownArguments, Callback):
     """Clips gradients before every optimizer step and logs what that did.
 
     Every optimizer of the module gets a clipper of its own, with its own copy of the method. Works under automatic
@@ -59,7 +58,7 @@ class GradientClipping(Callback):
 
     def __init__(
         self,
-        method: ClipMethod | None = _REQUIRED,
+        method: ClipMethod | None = REQUIRED,
         *,
         action: str = "clip",
         nonfinite: str | None = None,

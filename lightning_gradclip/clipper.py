@@ -117,7 +117,8 @@ class Clipper:
                 scaler = None
             if self._fold is not None:
                 self._fold.withdraw()
-                self._limiter.on_host = self._policy.decides_on_host(folds=True, scaled=scaler is not None)
+                folds = scaler is not None or self._fold.can_leave_out
+                self._limiter.on_host = self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
             scale = 1.0 if scaler is None else self._unscale(scaler)
             gradients = [parameter.grad for parameter in self._selection.params]
             if all(gradient is None for gradient in gradients):
@@ -153,8 +154,8 @@ class Clipper:
     def detailed(self) -> bool:
         """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
 
-        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` and
-        `clipped` of `ValueClip` are NaN, and `metrics` leaves these steps out of their means.
+        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` of
+        `ValueClip` is NaN, and so is `clipped` if any entry is outside; the means in `metrics` leave them out.
         """
         return self._limiter.detailed
 
@@ -176,7 +177,7 @@ class Clipper:
         """Step, counters, open window and learned values; tensors and plain types only, no configuration."""
         return {
             "step": self._steps,
-            "skips_in_a_row": self._skips.in_a_row,
+            "skips_in_a_row": self._skips.count(),
             "window": self._window.state_dict(),
             "learned": self._limiter.state_dict(),
         }
@@ -197,7 +198,7 @@ class Clipper:
         self._limiter.load_state_dict(state["learned"], strict=strict)
         self._window.load_state_dict(state["window"])
         self._steps = state["step"]
-        self._skips.in_a_row = state["skips_in_a_row"]
+        self._skips.resume(state["skips_in_a_row"])
 
     def _groups_changed(self) -> bool:
         if self._optimizer is None:
@@ -236,7 +237,7 @@ class Clipper:
         return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
 
     def _nothing(self) -> StepStats:
-        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64)
+        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")
         limits = torch.full_like(sizes, math.inf)
         row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
         return StepStats(row, sizes, limits, self._limiter.scopes)

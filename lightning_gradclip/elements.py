@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,10 @@ class ElementLimiter(Limiter):
         norms = reduce.global_sizes(local_norms) / scale
         joint = pnorm.joint_norm(norms, self._method.norm_type)
         low, high = self._method.bounds(step)
-        least, most = low * float(scale), high * float(scale)
         measured = self._measured_norms(gradients, norms)
         if norms.device.type == "cpu":
+            scale = float(scale)
+            least, most = low * scale, high * scale
             # Not written is what has no entry outside.
             touched = tuple(_outside(gradients, local_norms.tolist(), least, most))
             changed, norm = float(bool(touched)), joint.item()
@@ -78,7 +80,7 @@ class ElementLimiter(Limiter):
             row = Row(norm, after, high, math.nan, share, float(math.isfinite(norm)), 0.0, changed, 0.0)
             return Clamping(norm, high, None, row, measured, low, high, touched)
         touched = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
-        share, after = self._details(gradients, touched, norms, least, most, scale)
+        share, after = self._details(gradients, touched, norms, low * scale, high * scale, scale)
         row = self._on_host_if_asked(pack_elements(joint, after, high, share, detailed=self.detailed))
         limits = self._method.limit(joint.view(1), None, step)
         return Clamping(joint.view(1), limits, None, row, measured, low, high, touched)
@@ -88,8 +90,8 @@ class ElementLimiter(Limiter):
         gradients: Gradients,
         touched: Sequence[int],
         norms: Tensor,
-        low: float,
-        high: float,
+        low: float | Tensor,
+        high: float | Tensor,
         scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The share of the entries outside the bounds and the joint norm when they are clamped, both 0-d.
@@ -102,7 +104,7 @@ class ElementLimiter(Limiter):
         if not values:
             return torch.zeros_like(joint), joint
         if not self.detailed:
-            found = [_count_outside(one, *write.stored_bounds(one.dtype, low, high)).any() for one in values]
+            found = [_count_outside(one, *_stored(one.dtype, low, high)).any() for one in values]
             return torch.stack(found).any().to(norms), joint
         counts, after = zip(*(_compared(one, low, high, p) for one in values), strict=True)
         places = pnorm.integers_on(tuple(touched), norms.device)
@@ -151,17 +153,24 @@ def _has_outside(values: Tensor, low: float, high: float) -> bool:
     return False
 
 
-def _compared(values: Tensor, low: float, high: float, norm_type: float) -> tuple[Tensor, Tensor]:
+def _compared(values: Tensor, low: float | Tensor, high: float | Tensor, norm_type: float) -> tuple[Tensor, Tensor]:
     """The number of entries outside the bounds, and the norm when they are clamped, both 0-d."""
-    least, most = write.stored_bounds(values.dtype, low, high)
+    least, most = _stored(values.dtype, low, high)
     flat = pnorm.in_memory_order(values).reshape(-1)
     size = _CHUNK if values.device.type == "cpu" else _CHUNK_ON_DEVICE
     counts, norms = [], []
     for chunk in flat.split(size):
         counts.append(_count_outside(chunk, least, most))
-        norms.append(Meter(norm_type).each([chunk.clamp(least, most)]))
+        norms.append(Meter(norm_type).each([torch.clamp(chunk, least, most)]))
     return torch.stack(counts).sum(), pnorm.joint_norm(torch.cat(norms), norm_type)
 
 
-def _count_outside(values: Tensor, low: float, high: float) -> Tensor:
+def _count_outside(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     return ((values < low) | (values > high)).sum()
+
+
+def _stored(dtype: torch.dtype, low: float | Tensor, high: float | Tensor) -> tuple[Any, Any]:
+    """The bounds as `dtype` stores them; those that a device has scaled stay there."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.as_tensor(low).to(dtype), torch.as_tensor(high).to(dtype)
+    return write.stored_bounds(dtype, low, high)

@@ -49,6 +49,18 @@ class Fold:
                 f"{len(selection.owned)} parameters; use fold=False, or admit all"
             )
 
+    @property
+    def can_leave_out(self) -> bool:
+        """Whether a step that the optimizer leaves out changes nothing.
+
+        In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it.
+        """
+        for group in self._optimizer.param_groups:
+            first = next((one for one in group["params"] if one.grad is not None), None)
+            if first is not None and group.get("momentum") and not self._optimizer.state.get(first):
+                return False
+        return True
+
     def hand(self, coef: Tensor | float | None, dropped: Tensor | None, *, scaled: bool) -> None:
         """Have the next step multiply the gradients, and leave itself out.
 
@@ -71,7 +83,9 @@ class Fold:
         if isinstance(coef, Tensor):
             self._optimizer.grad_scale = coef.reciprocal().to(torch.float32).view(())
         elif coef is not None:
-            self._optimizer.grad_scale = torch.tensor(1.0 / coef if coef else math.inf, device="cpu")
+            self._optimizer.grad_scale = torch.tensor(
+                1.0 / coef if coef else math.inf, dtype=torch.float32, device="cpu"
+            )
         self._handed = True
         if dropped is not None and not scaled:
             self._optimizer.found_inf = dropped.to(torch.float32)

@@ -59,8 +59,8 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
         multiply_(tensors, torch.tensor(factor, dtype=torch.float32, device="cpu"))
         return
     # Also notes whether an entry is not finite, which is known here and read by nobody.
-    found = torch.zeros(1, device="cpu")
-    _unscale(tensors, found, torch.full((1,), factor, device="cpu"))
+    found = torch.zeros(1, dtype=torch.float32, device="cpu")
+    _unscale(tensors, found, torch.full((1,), factor, dtype=torch.float32, device="cpu"))
     # Which this function, unlike the others, leaves to its caller.
     torch.autograd.graph.increment_version(tensors)
 

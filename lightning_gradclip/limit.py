@@ -130,7 +130,7 @@ class Limiter:
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         method, p = self._method, self._method.norm_type
         sizes_of = reduce.global_sizes(local_norms)
-        if scale != 1.0:
+        if isinstance(scale, Tensor) or scale != 1.0:
             sizes_of = sizes_of / scale
         scope_norms = self._scope_norms(sizes_of)
         sizes = scope_norms

@@ -90,7 +90,7 @@ def exact_norms(tensors: Tensors, norm_type: float) -> Tensor:
     """`Meter.each` in float64, scaled by the largest entry: slow, and right for any finite entries."""
     found = [pnorm.exact_norm(pnorm.dense_values(tensor), norm_type) for tensor in tensors if tensor is not None]
     if not found:
-        return torch.zeros(len(tensors), dtype=torch.float64)
+        return torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     return _spread(_together(found, found[0].device), tensors)
 
 

@@ -37,12 +37,14 @@ class Batch:
     Attributes:
         places: Their places in the list.
         dtype: The dtype of each.
+        numel: How many entries they have together.
         shape: The shape of each, where all have the same; else None.
         alike: Whether all have the same shape but for dim 0, so that they can be concatenated as they are.
     """
 
     places: tuple[int, ...]
     dtype: torch.dtype
+    numel: int
     shape: torch.Size | None
     alike: bool
 
@@ -72,12 +74,11 @@ class Batch:
             or together.dtype is not self.dtype
             or together.layout is not torch.strided
             or together.device.type != "cpu"
+            or together.numel() != self.numel
         ):
             raise OutdatedError
         if self.shape is None:
             return together if together.dim() == 1 else together.reshape(-1)
-        if together.shape[len(self.places) > 1 :] != self.shape:
-            raise OutdatedError
         return together.reshape(len(self.places), -1)
 
 
@@ -95,17 +96,17 @@ class Plan:
         self._length = len(gradients)
         self._absent = [place for place, gradient in enumerate(gradients) if gradient is None]
         self._large: list[tuple[int, torch.dtype, int]] = []
-        self._others: list[int] = []
-        small: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        self._others: list[tuple[int, int]] = []
+        small: dict[tuple[torch.dtype, torch.Size | None], list[int]] = {}
         self.count = 0
         for place, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             self.count += gradient.numel()
             if gradient.layout is not torch.strided or gradient.dtype not in REAL:
-                self._others.append(place)
+                self._others.append((place, gradient.numel()))
             elif gradient.numel() < SMALL:
-                shape = gradient.shape if apart else gradient.shape[1:]
+                shape = gradient.shape if apart else gradient.shape[1:] if gradient.dim() else None
                 small.setdefault((gradient.dtype, shape), []).append(place)
             else:
                 self._large.append((place, gradient.dtype, gradient.numel()))
@@ -113,7 +114,7 @@ class Plan:
         self._tiny = len(self._batches) == 1 and 0 < self.count <= ROW and not (self._large or self._others)
         self._tiny &= pnorm.accumulator(self._batches[0].dtype, norm_type) is None if self._batches else False
         self._tensors = [place for batch in self._batches for place in batch.places]
-        self._tensors += [place for place, _, _ in self._large] + self._others
+        self._tensors += [place for place, *_ in self._large + self._others]
 
     def fits(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether the same gradients are present; what each of them is shows when it is read."""
@@ -137,7 +138,7 @@ class Plan:
             append_rows(pieces, batch.gathered(gradients).view(-1), self._norm_type)
         for place, dtype, numel in self._large:
             append_rows(pieces, _flat(gradients[place], dtype, numel), self._norm_type)
-        pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
+        pieces += [_norm_of(gradients[place], numel, self._norm_type) for place, numel in self._others]
         return joined(pieces, self._norm_type).item()
 
     def each(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -151,7 +152,7 @@ class Plan:
             rows: list[Tensor] = []
             append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
             pieces.append(joined(rows, self._norm_type).view(1))
-        pieces += [_norm_of(gradients[place], self._norm_type) for place in self._others]
+        pieces += [_norm_of(gradients[place], numel, self._norm_type) for place, numel in self._others]
         result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
         if not pieces:
             return result
@@ -160,35 +161,38 @@ class Plan:
 
 
 def _batches(
-    small: dict[tuple[torch.dtype, torch.Size], list[int]], gradients: Sequence[Tensor | None], *, apart: bool
+    small: dict[tuple[torch.dtype, torch.Size | None], list[int]], gradients: Sequence[Tensor | None], *, apart: bool
 ) -> Iterator[Batch]:
     """Batches of no more than `BLOCK` entries; small groups are thrown together where that does no harm."""
     rest: dict[torch.dtype, list[int]] = {}
     for (dtype, shape), places in small.items():
-        if apart:
-            size = max(1, BLOCK // max(1, math.prod(shape)))
+        if apart and shape is not None:
+            numel = math.prod(shape)
+            size = max(1, BLOCK // max(1, numel))
             for begin in range(0, len(places), size):
-                yield Batch(tuple(places[begin : begin + size]), dtype, shape, alike=True)
-        elif len(places) < _ALIKE:
+                some = tuple(places[begin : begin + size])
+                yield Batch(some, dtype, len(some) * numel, shape, alike=True)
+        elif shape is None or len(places) < _ALIKE:  # torch does not concatenate 0-d tensors
             rest.setdefault(dtype, []).extend(places)
         else:
-            yield from (Batch(some, dtype, None, alike=True) for some in _blocks(places, gradients))
+            yield from (Batch(some, dtype, numel, None, alike=True) for some, numel in _blocks(places, gradients))
     for dtype, places in rest.items():
-        yield from (Batch(some, dtype, None, alike=False) for some in _blocks(places, gradients))
+        yield from (Batch(some, dtype, numel, None, alike=False) for some, numel in _blocks(places, gradients))
 
 
-def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterator[tuple[int, ...]]:
+def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The places in blocks, and how many entries each block has."""
     block: list[int] = []
     entries = 0
     for place in places:
         gradient = gradients[place]
         numel = 0 if gradient is None else gradient.numel()
         if block and entries + numel > BLOCK:
-            yield tuple(block)
+            yield tuple(block), entries
             block, entries = [], 0
         block.append(place)
         entries += numel
-    yield tuple(block)
+    yield tuple(block), entries
 
 
 def _is_dense_on_cpu(tensor: Tensor) -> bool:
@@ -206,14 +210,14 @@ def _flat(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
     return value.view(-1) if value.is_contiguous() else value.reshape(-1)
 
 
-def _norm_of(gradient: Tensor | None, norm_type: float) -> Tensor:
+def _norm_of(gradient: Tensor | None, numel: int, norm_type: float) -> Tensor:
     """The norm of a gradient that is sparse, complex or of an unusual dtype, `(1,)`, float64."""
-    if gradient is None or gradient.device.type != "cpu":
+    if gradient is None or gradient.numel() != numel or gradient.device.type != "cpu":
         raise OutdatedError
     value = pnorm.dense_values(gradient)
     if value.dtype in REAL:
         rows: list[Tensor] = []
         append_rows(rows, value.reshape(-1), norm_type)
         return joined(rows, norm_type).view(1)
-    magnitudes = value.abs() if value.numel() else torch.zeros(1)
+    magnitudes = value.abs() if value.numel() else torch.zeros(1, device="cpu")
     return pnorm.vector_norm(magnitudes, norm_type, dtype=torch.float64).view(1)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lightning_gradclip.scopes import Scopes
 
+# Entries converted to float64 at once: a mebibyte.
+_BLOCK = 2**17
+
 
 def vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """torch's, which is not annotated."""
@@ -55,12 +58,23 @@ def exact_norm(value: Tensor, norm_type: float) -> Tensor:
     """The p-norm in float64, scaled by the largest entry, 0-d: slow, and right for any finite entries."""
     if value.numel() == 0:
         return torch.zeros((), device=value.device)
+    if value.device.type == "cpu" and value.dtype.is_floating_point:
+        return _exact_norm_on_cpu(value, norm_type)
     magnitude = value.abs()
     largest = magnitude.amax()
-    if value.device.type == "cpu" and largest.item() == 0:
-        return largest
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(widest(value.device))
     return scale * vector_norm(magnitude.to(scale.dtype) / scale, norm_type)
+
+
+def _exact_norm_on_cpu(value: Tensor, norm_type: float) -> Tensor:
+    """The same a block at a time, since a copy of a large gradient may not fit."""
+    low, high = torch.aminmax(value)
+    largest = torch.maximum(-low, high).double()
+    if norm_type == math.inf or not 0 < largest.item() < math.inf:  # zeros, or not finite
+        return largest
+    blocks = in_memory_order(value).reshape(-1).split(_BLOCK)
+    norms = [vector_norm(block.double() / largest, norm_type) for block in blocks]
+    return largest * joint_norm(torch.stack(norms), norm_type)
 
 
 def is_suspect(norm: float, norm_type: float) -> bool:

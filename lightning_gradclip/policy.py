@@ -10,6 +10,20 @@ MEASURES = ("group", "layer", "parameter")
 NONFINITE = ("skip", "zero", "raise", "ignore")
 
 
+@dataclass(repr=False)
+class _Required(ClipMethod):
+    """The default of an argument that has none, so that its absence is refused with the way to write one.
+
+    An instance of the annotated type, which LightningCLI wants of a default, and a dataclass, as hydra-zen wants it.
+    """
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
 @dataclass(frozen=True)
 class Policy:
     """The checked combination of `action`, `nonfinite` and `max_consecutive_skips`."""
@@ -80,11 +94,11 @@ class Policy:
 
 def require_method(method: object) -> None:
     """Refuse what is no clipping method, with the way to write one."""
+    remedy = "write method=NormClip(max_norm=1.0), or method=None to measure without clipping"
+    if isinstance(method, _Required):
+        raise TypeError(f"GradientClipping needs a method; {remedy}")
     if method is None or isinstance(method, ClipMethod):
         return
-    remedy = "write method=NormClip(max_norm=1.0), or method=None to measure without clipping"
-    if method is ...:
-        raise TypeError(f"GradientClipping needs a method; {remedy}")
     if isinstance(method, type) and issubclass(method, ClipMethod):
         raise TypeError(f"method must be an instance, got the class {method.__name__}; write {method.__name__}()")
     raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")

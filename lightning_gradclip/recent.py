@@ -42,7 +42,10 @@ class Recent:
     def mean_and_std(self) -> tuple[float, float]:
         """Mean and sample standard deviation (over n - 1); 0 for what needs more sizes."""
         count = len(self.sizes)
-        mean = math.fsum(self.sizes) / max(1, count)
+        try:
+            mean = math.fsum(self.sizes) / max(1, count)
+        except OverflowError:  # as a sum of float64 tensors is then
+            mean = math.inf
         # The root of the sum of squared deviations, in C and without overflow.
         return mean, math.dist(self.sizes, [mean] * count) / math.sqrt(max(1, count - 1))
 

@@ -86,7 +86,10 @@ def interpolated(low: Tensor, high: Tensor, share: Tensor | float) -> Tensor:
 
 
 def mean_and_std(state: State) -> tuple[Number, Number]:
-    """Mean and sample standard deviation (over n - 1) of what is stored, `(S,)` each; at least two must be stored."""
+    """Mean and sample standard deviation (over n - 1) of what is stored, `(S,)` each; at least two must be stored.
+
+    Those of floats are summed exactly and may differ from those of tensors in the last digit.
+    """
     ring = state["ring"]
     if isinstance(ring, Recent):
         return ring.mean_and_std()
@@ -97,7 +100,7 @@ def mean_and_std(state: State) -> tuple[Number, Number]:
         mean = torch.where(filled, ring, 0.0).sum(1) / stored.clamp_min(1)
         deviation = torch.where(filled, ring - mean[:, None], 0.0)
     else:
-        # The same sums without the mask: a run that moves between devices keeps its limits to the bit.
+        # The same sums without the mask, to the bit.
         mean = ring.sum(1) / window
         deviation = ring - mean[:, None]
     return mean, (deviation.square().sum(1) / (stored - 1).clamp_min(1)).sqrt()

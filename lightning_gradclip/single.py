@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import write
+from lightning_gradclip.arithmetic import divide
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.methods.method import ClipMethod
@@ -41,7 +42,8 @@ class SingleLimiter(Limiter):
             return super().judge(gradients, step, scale)
         if scale != 1.0:
             scale = float(scale)
-            norm, norms = norm / scale, None if norms is None else norms / scale
+            # A GradScaler that never finds a finite step ends at 0.
+            norm, norms = divide(norm, scale), None if norms is None else norms / scale
         self._turn(in_floats=True)
         return self._limited(gradients, norm, norms, step)
 

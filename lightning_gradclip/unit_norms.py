@@ -50,7 +50,7 @@ class UnitMeter:
         """
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
         if device is None:
-            return torch.zeros(self._units.count, dtype=torch.float64)
+            return torch.zeros(self._units.count, dtype=torch.float64, device="cpu")
         if not self._batches and not self._alone:
             self._arrange(tensors)
         try:
@@ -63,7 +63,7 @@ class UnitMeter:
     def exact(self, tensors: Tensors) -> Tensor:
         """`norms` in float64, scaled by the largest entry: slow, and right for any finite entries."""
         pieces = [
-            torch.zeros(rows, dtype=torch.float64)
+            torch.zeros(rows, dtype=torch.float64, device="cpu")
             if tensor is None
             else _sparse_norms(tensor, rows, self._norm_type)
             if tensor.is_sparse
@@ -71,7 +71,7 @@ class UnitMeter:
             for tensor, rows in zip(tensors, self._units.rows, strict=True)
         ]
         device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
-        return torch.cat([piece.to(device) for piece in pieces]) if pieces else torch.zeros(0)
+        return torch.cat([piece.to(device) for piece in pieces]) if pieces else torch.zeros(0, device="cpu")
 
     def _arrange(self, tensors: Tensors) -> None:
         """Decide which tensors are measured together, and where their units then belong."""
@@ -85,7 +85,8 @@ class UnitMeter:
         for (dtype, shape), places in alike.items():
             size = max(1, BLOCK // max(1, math.prod(shape)))
             for begin in range(0, len(places), size):
-                self._batches.append(Batch(tuple(places[begin : begin + size]), dtype, shape, alike=True))
+                some = tuple(places[begin : begin + size])
+                self._batches.append(Batch(some, dtype, len(some) * math.prod(shape), shape, alike=True))
         measured = [place for batch in self._batches for place in batch.places] + self._alone
         starts = self._units.starts
         self._order = None
@@ -107,7 +108,7 @@ class UnitMeter:
     def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
         rows = self._units.rows[place]
         if tensor is None or tensor.numel() == 0:
-            return torch.zeros(rows, device=device)
+            return torch.zeros(rows, dtype=torch.float32, device=device)
         if tensor.is_sparse:
             return _sparse_norms(tensor, rows, self._norm_type).to(device)
         return _fast_norms(_as_rows(tensor), self._norm_type).to(device)
@@ -119,7 +120,8 @@ class UnitMeter:
         low, high = (extreme.item() for extreme in torch.aminmax(found))
         if not pnorm.is_suspect(low, self._norm_type) and not pnorm.is_suspect(high, self._norm_type):
             return found
-        suspect = ~((found >= pnorm.smallest(self._norm_type)) & (found < math.inf))
+        # NaN is what it is, and must not make the others float64.
+        suspect = (found < pnorm.smallest(self._norm_type)) | (found == math.inf)
         index = self._units.index_on(found.device)
         for place in index[suspect].unique().tolist():
             tensor = tensors[place]
@@ -160,7 +162,7 @@ def _fast_norms(matrix: Tensor, norm_type: float, long: int = _LONG) -> Tensor:
 
 def _exact_norms(matrix: Tensor, norm_type: float) -> Tensor:
     if matrix.numel() == 0:
-        return torch.zeros(len(matrix), device=matrix.device)
+        return torch.zeros(len(matrix), dtype=torch.float32, device=matrix.device)
     magnitude = matrix.abs()
     largest = magnitude.amax(dim=1)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(pnorm.widest(matrix.device))
@@ -191,6 +193,6 @@ def _sparse_norms(tensor: Tensor, rows: int, norm_type: float) -> Tensor:
     if tensor.ndim < 2:
         units = torch.zeros_like(units)
     if values.numel() == 0:
-        return torch.zeros(rows, device=tensor.device)
+        return torch.zeros(rows, dtype=torch.float32, device=tensor.device)
     norms = _exact_norms(values.reshape(len(values), -1), norm_type)
     return pnorm.grouped_norms(norms, units, rows, norm_type)

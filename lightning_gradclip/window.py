@@ -90,7 +90,7 @@ class Window:
         if state["aggregate"]:
             self._aggregate.load_state_dict(_copied(state["aggregate"]))
             # An update without a row marks the metric as seen without changing it.
-            self._aggregate.update(torch.zeros(0, len(Row._fields), dtype=torch.float64))
+            self._aggregate.update(torch.zeros(0, len(Row._fields), dtype=torch.float64, device="cpu"))
 
     def _matrix(self) -> Tensor:
         """The buffered rows on the host: one packed copy."""

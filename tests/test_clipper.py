@@ -13,7 +13,17 @@ from running_max import RunningMax
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lightning_gradclip import ClipMethod, Clipper, NormClip, StepStats
+from lightning_gradclip import (
+    AGC,
+    ClipMethod,
+    Clipper,
+    EmaClip,
+    Normalize,
+    NormClip,
+    QuantileClip,
+    StepStats,
+    ValueClip,
+)
 
 
 def arrays(gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -519,3 +529,46 @@ class TestSelectionInMidRun:
         with pytest.warns(RuntimeWarning, match="dropped the learned clipping state of first"):
             assert new.step().limit.item() == math.inf
         assert new.state_dict()["step"] == 2
+
+
+DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+
+
+@pytest.mark.parametrize(("dtype", "device"), DEFAULTS, ids=["bfloat16", "float64", "meta"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        NormClip(max_norm=0.5),
+        NormClip(max_norm=0.5, per="parameter"),
+        AGC(),
+        ValueClip(max_value=0.1),
+        Normalize(per="layer"),
+        QuantileClip(window=None),
+        EmaClip(per="layer"),
+        None,
+    ],
+    ids=str,
+)
+def test_the_defaults_of_torch_do_not_matter(method: ClipMethod | None, dtype: torch.dtype, device: str) -> None:
+    def run(pairs: list[tuple[str, nn.Parameter]]) -> list[float]:
+        clipper = Clipper(pairs, method)
+        stats = clipper.step()
+        clipper.load_state_dict(clipper.state_dict())
+        left = [one.to_dense().flatten() for _, parameter in pairs if (one := parameter.grad) is not None]
+        for _, parameter in pairs:
+            parameter.grad = None
+        nothing = clipper.step()
+        tensors = [stats.norm, *stats.sizes, *stats.limits, *torch.cat(left), nothing.norm, *nothing.sizes]
+        return [*clipper.metrics().values(), *(one.item() for one in tensors)]
+
+    gradients = {**normal(1), "absent": None, "tiny": torch.full((3,), 1e-30), "sparse": torch.eye(3).to_sparse()}
+    pairs = [named({key: None if one is None else one.clone() for key, one in gradients.items()}) for _ in range(2)]
+    expected = run(pairs[0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = run(pairs[1])
+    finally:
+        torch.set_default_dtype(before)
+    assert found == expected

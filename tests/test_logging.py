@@ -29,7 +29,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradclip import GradientClipping, NormClip
+from lightning_gradclip import GradientClipping, NormClip, ValueClip
 
 LIMIT = 4.0
 # Intervals longer than an epoch are the subject of some tests.
@@ -420,3 +420,24 @@ def test_another_name_is_another_prefix(tmp_path: Path) -> None:
     assert csv_rows(csv, "gradclip") == []
     assert [step for step, values in csv_rows(csv, "limiter/norm_max") if values] == [0, 1, 2]
     assert [step for step, _ in tensorboard_rows(board, "limiter/")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_of_clipping_by_value_only_steps_that_log_are_looked_at_closely(every: int, tmp_path: Path) -> None:
+    batches, bound = gradients(8), 0.5
+    logger = CSVLogger(tmp_path)
+    fit(Prescribed(), batches, GradientClipping(ValueClip(max_value=bound)), logger=logger, log_every_n_steps=every)
+    clamped = [{name: one.clamp(-bound, bound) for name, one in batch.items()} for batch in batches]
+    entries = sum(one.numel() for one in batches[0].values())
+    outside = [sum(int((one.abs() > bound).sum()) for one in batch.values()) for batch in batches]
+    rows = csv_rows(logger)
+    # What is left at the end is logged at the last batch, which is looked at for that.
+    assert [step for step, _ in rows] == ([*range(8)] if every == 1 else [2, 5, 7])
+    begin = 0
+    for step, values in rows:
+        window = range(begin, step + 1)
+        assert values["gradclip/norm"] == pytest.approx(sum(norm(batches[i]) for i in window) / len(window), rel=1e-6)
+        assert values["gradclip/clip_rate"] == pytest.approx(sum(outside[i] > 0 for i in window) / len(window))
+        assert values["gradclip/norm_clipped"] == pytest.approx(norm(clamped[step]), rel=1e-6)
+        assert values["gradclip/clipped"] == pytest.approx(outside[step] / entries)
+        begin = step + 1

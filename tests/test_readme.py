@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(program: str) -> list[str]:
@@ -39,7 +39,12 @@ def test_make_targets_exist(command: str) -> None:
     assert command.split()[1] in TARGETS
 
 
-@pytest.mark.parametrize("command", commands("python examples/"))
+def stands_alone(command: str) -> bool:
+    """Sweeps and their table are for test_tuning.py, flags for test_cli.py."""
+    return not re.search(r" -m |results\.py|cli\.py", command)
+
+
+@pytest.mark.parametrize("command", [*filter(stands_alone, commands("python examples/"))])
 def test_example_commands_run(command: str, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(command)
     short = ["trainer.max_steps=3", "callbacks/sample=none"] if script == "examples/train.py" else []
@@ -48,12 +53,12 @@ def test_example_commands_run(command: str, tmp_path: Path) -> None:
 
 def blocks_in_files(folder: Path) -> None:
     """Writes the section's YAML into an application: its defaults list and an option of the reader's own."""
-    primary, _, option = blocks("yaml")
+    primary, _, option, *_ = blocks("yaml")
     (folder / "configs" / "train.yaml").write_text(primary)
     (folder / "configs" / "callbacks" / "gradclip" / "mine.yaml").write_text(option)
 
 
-@pytest.mark.parametrize("command", commands("python train.py"))
+@pytest.mark.parametrize("command", [one for one in commands("python train.py") if "@" not in one])
 def test_foreign_commands_compose(command: str, tmp_path: Path) -> None:
     """`train.py` stands for the reader's application."""
     application = Application.copied(tmp_path)
@@ -63,6 +68,21 @@ def test_foreign_commands_compose(command: str, tmp_path: Path) -> None:
     assert (
         application.composed(*arguments)["callbacks"]["gradclip"]["_target_"] == "lightning_gradclip.GradientClipping"
     )
+
+
+@pytest.mark.parametrize("command", [one for one in commands("python train.py") if "@" in one])
+def test_a_host_whose_callbacks_are_a_list(command: str, tmp_path: Path) -> None:
+    """With the configuration that the README shows last before the command."""
+    (tmp_path / "train.yaml").write_text(blocks("yaml", README[: README.index(command)])[-1])
+    (tmp_path / "train.py").write_text(
+        "import hydra\n"
+        "@hydra.main(version_base='1.3', config_path='.', config_name='train')\n"
+        "def main(config):\n"
+        "    for node in config.callbacks:\n"
+        "        print('made', type(hydra.utils.instantiate(node)).__name__)\n"
+        "main()\n"
+    )
+    assert "made GradientClipping" in run([str(tmp_path / "train.py"), *shlex.split(command)[2:]], tmp_path)
 
 
 def command_line_forms() -> list[str]:

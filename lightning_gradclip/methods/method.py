@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.arithmetic import Number, divide, full, where
 
 
@@ -16,7 +17,7 @@ def _row(value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.long if isinstance(value, int) else torch.float64, device="cpu")
 
 
-class ClipMethod:
+class ClipMethod(KnownArguments):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
     A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting
@@ -106,7 +107,7 @@ class ClipMethod:
         """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
         for kind in type(self).__mro__:
             if "on_floats" in vars(kind):
-                return self.on_floats
+                return self.on_floats and not self.needs_weight
             if {"limit", "coef", "update", "fresh_state"} & vars(kind).keys():
                 return False
         return False

@@ -126,6 +126,38 @@ class TestAgainstTimm:
         clipped, _ = clip(weights, gradients, AGC(clip_factor=0.5))
         assert_same_bits(clipped, clip_as_timm(weights, gradients, clip_factor=0.5))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_many_of_one_shape_are_equal_to_the_bit(self, mixed: bool, share: float, dtype: torch.dtype) -> None:
+        # Measured in batches, more than one of each shape; those of other shapes come in between.
+        shapes = [(40, 33), (6, 4, 3, 3), (40,), (), (3, 8192)] if mixed else [(40, 33)]
+        weights = {f"w{i}": random(*shapes[i % len(shapes)], seed=i, dtype=dtype) for i in range(250 if mixed else 450)}
+        gradients = {
+            name: random(*one.shape, seed=900 + i, dtype=dtype) for i, (name, one) in enumerate(weights.items())
+        }
+        for i, one in enumerate(gradients.values()):
+            over = torch.rand(len(one) if one.ndim > 1 else 1, generator=torch.Generator().manual_seed(i)) < share
+            ratios = torch.where(over, 5.0, 0.05).to(dtype)
+            one.mul_(ratios.view(-1, *[1] * (one.ndim - 1)) if one.ndim > 1 else ratios[0])
+        odd = random(40, 33, seed=7, dtype=dtype)
+        odd[3], odd[4, 5] = 0.0, math.nan
+        zero = {"zero": torch.zeros(40, 33, dtype=dtype), "odd": odd, "across": random(33, 40, dtype=dtype).t()}
+        weights |= zero
+        gradients |= {name: random(40, 33, seed=8, dtype=dtype) * (0.0 if share == 0 else 1.0) for name in zero}
+        gradients["across"] = (random(33, 40, seed=9, dtype=dtype) * share).t()
+        pairs = parameters(weights, gradients)
+        clipper = Clipper(pairs, AGC(clip_factor=0.5), nonfinite="ignore")
+        for _ in range(2):
+            # The second step has a plan.
+            for name, parameter in pairs:
+                parameter.grad = gradients[name].clone()
+            clipper.step()
+        expected = clip_as_timm(weights, gradients, clip_factor=0.5)
+        # torch makes NaN of a unit whose limit is NaN, because its weights are.
+        expected["odd"][4] = gradients["odd"][4]
+        assert_same_bits(after(pairs), expected)
+
     @pytest.mark.parametrize("size", [2e-9, 3e-7, 9e-7, 2e-6])
     def test_sizes_around_1e6_are_floored_as_timms(self, size: float) -> None:
         weights, gradients = {"w": torch.zeros(2, 1)}, {"w": torch.tensor([[size], [-size]])}

@@ -657,3 +657,76 @@ class TestArguments:
         with pytest.raises(error) as failure:
             ValueClip(**arguments)
         assert str(failure.value) == said
+
+
+class TestWithoutDetails:
+    """What costs passes of its own is left out; what is done to the gradients is the same."""
+
+    @staticmethod
+    def both(gradients: Mapping[str, Tensor | None], method: ValueClip, **options: Any) -> list[Any]:
+        result = []
+        for detailed in (True, False):
+            pairs = named({name: None if one is None else one.clone() for name, one in gradients.items()})
+            clipper = Clipper(pairs, method, **options)
+            clipper.detailed = detailed
+            stats = clipper.step()
+            result.append(({name: parameter.grad for name, parameter in pairs}, stats))
+        return result
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("low", "high"), BOUNDS)
+    @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+    def test_gradients_are_the_same(self, bad: float | None, low: float, high: float, dtype: torch.dtype) -> None:
+        gradients = {**normal(3, dtype=dtype), "large": random(2**14 + 1, dtype=dtype), "none": None}
+        if bad is not None:
+            gradients["large"][77] = gradients["encoder.weight"][1, 1] = bad
+        (exact, told), (fast, silent) = self.both(gradients, within(low, high), nonfinite="ignore")
+        for name, one in exact.items():
+            assert (one is None) == (fast[name] is None)
+            if one is not None:
+                assert_equal(fast[name], one)
+        for name in ("norm", "limit", "finite", "skipped"):
+            assert getattr(silent, name).item() == pytest.approx(getattr(told, name).item(), rel=0, nan_ok=True), name
+        assert math.isnan(silent.norm_clipped.item())
+        outside = told.clipped.item() > 0
+        assert math.isnan(silent.clipped.item()) == outside
+        assert outside or silent.clipped.item() == 0
+
+    @pytest.mark.parametrize("bound", [0.1, 100.0])
+    def test_the_same_steps_are_dropped_and_announced(self, bound: float) -> None:
+        for detailed in (True, False):
+            pairs = named(normal(3))
+            clipper = Clipper(pairs, ValueClip(max_value=bound), action="skip")
+            clipper.detailed = detailed
+            if bound == 0.1:
+                share = r"0\.\d+" if detailed else "some"
+                with pytest.warns(RuntimeWarning, match=rf"{share} of the entries lie outside \[-0.1, 0.1\]"):
+                    stats = clipper.step()
+            else:
+                stats = clipper.step()
+            assert stats.skipped.item() == (bound == 0.1)
+            assert all((parameter.grad is None) == (bound == 0.1) for _, parameter in pairs)
+
+    @pytest.mark.parametrize("action", ["clip", "skip", "observe"])
+    @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
+    def test_a_window_has_the_means_of_the_steps_that_were_looked_at(self, action: str) -> None:
+        pairs = named(normal(0))
+        all_told, some_told = (Clipper(pairs, ValueClip(max_value=1.0), action=action) for _ in range(2))
+        looked_at = []
+        for step in range(9):
+            some_told.detailed = step % 3 == 2
+            given = normal(step, scale=1e-3 if step % 2 else 1.0)
+            for clipper in (some_told, all_told):
+                for name, parameter in pairs:
+                    parameter.grad = given[name].clone()
+                stats = clipper.step()
+            if some_told.detailed:
+                looked_at.append(stats)
+        every, some = all_told.metrics(), some_told.metrics()
+        for name in ("norm", "norm_max", "limit", "clip_rate", "skipped", "nonfinite"):
+            assert some[name] == every[name], name
+        norms = [stats.norm_clipped.item() for stats in looked_at]
+        assert some["norm_clipped"] == pytest.approx(math.fsum(norms) / 3, rel=1e-12)
+        assert not any(math.isnan(value) for value in some.values())
+        if action != "skip":
+            assert some["clipped"] == pytest.approx(sum(stats.clipped.item() for stats in looked_at) / 3, rel=1e-12)
