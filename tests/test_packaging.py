@@ -94,6 +94,8 @@ def test_the_wheel_holds_the_package_the_pack_and_the_plugin(distributions: dict
     # A namespace of many distributions: an `__init__.py` of ours would hide the others.
     assert {n for n in names if n.startswith("hydra_plugins/")} == {"hydra_plugins/lightning_gradclip.py"}
     assert {"lightning_gradclip/py.typed", "lightning_gradclip/conf/__init__.py"} <= names
+    page = ("page.html.j2", "page.css", "base.js", "norms.js", "page.js")
+    assert {f"lightning_gradclip/report/{name}" for name in page} <= names
     written = {f"lightning_gradclip/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("conf/**/*.yaml")}
     assert written == {n for n in names if n.endswith(".yaml")}
     code = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("lightning_gradclip/**/*.py")}

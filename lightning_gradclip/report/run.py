@@ -1,0 +1,117 @@
+"""A run as report and advice see it, whether every step was recorded or only what a logger kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradclip.history import History, ScopePart
+from lightning_gradclip.report import RunError
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+Flags: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Points in the order of their steps; `n` of them.
+
+    Attributes:
+        name: What the reader of the page calls it.
+        each_step: Whether a point is one step; otherwise it covers the steps between two log events.
+        step: On Lightning's own axis, `(n,)`.
+        norm: Norm before clipping, NaN where it was not finite; a mean where a point is not one step.
+        norm_max: The largest of the steps of a point.
+        norm_clipped: After clipping; 0 for a dropped step.
+        limit: NaN where there was none, or more than one.
+        coef: The smallest factor applied.
+        changed: Share of the steps that clipping changed; NaN for a step that was not finite.
+        skipped: Dropped steps, those of `overflows` not among them.
+        nonfinite: Steps with NaN or infinite gradients, those of `overflows` not among them.
+        overflows: Steps that the GradScaler dropped while it calibrated itself.
+        parts: Norms of scopes; `first_row` is a position in the arrays above.
+        segments: Settings, each `from_step` on; empty where a logger did not keep them.
+        optimizer: Index of the optimizer, where there are several.
+    """
+
+    name: str
+    each_step: bool
+    step: npt.NDArray[np.int64]
+    norm: Numbers
+    norm_max: Numbers
+    norm_clipped: Numbers
+    limit: Numbers
+    coef: Numbers
+    changed: Numbers
+    skipped: Numbers
+    nonfinite: Numbers
+    overflows: Numbers
+    parts: tuple[ScopePart, ...] = ()
+    segments: tuple[Mapping[str, Any], ...] = field(default=())
+    optimizer: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @cached_property
+    def sizes(self) -> Numbers:
+        """The finite norms greater than zero, as they came: what a limit would have been compared with."""
+        return self.norm_max[np.isfinite(self.norm_max) & (self.norm_max > 0)]
+
+    @property
+    def settings(self) -> Mapping[str, Any] | None:
+        """The latest settings, if they are known."""
+        return self.segments[-1] if self.segments else None
+
+    @property
+    def observed(self) -> bool:
+        """Whether nothing was written, so that clipping is what would have happened."""
+        return bool(self.segments) and all(one["action"] == "observe" or one["method"] is None for one in self.segments)
+
+    @property
+    def norm_type(self) -> float:
+        """The p of the p-norm; 2 where a logger did not keep it."""
+        return float(self.settings["norm_type"]) if self.settings else 2.0
+
+
+def from_history(history: History, name: str = "") -> Run:
+    """The run that a history recorded.
+
+    Raises:
+        RunError: If no step was recorded.
+    """
+    rows = history.steps
+    segments = tuple(history.meta["segments"])
+    if not len(rows):
+        raise RunError(f"{history.folder} holds no steps yet")
+    finite = rows["finite"] & np.isfinite(rows["norm"])
+    norm = np.where(finite, rows["norm"], np.nan)
+    return Run(
+        name=name,
+        each_step=True,
+        step=np.array(rows["step"]),
+        norm=norm,
+        norm_max=norm,
+        norm_clipped=np.where(finite, rows["norm_clipped"], np.nan),
+        limit=comparable(rows["limit"], rows["coef"], segments),
+        coef=np.where(finite, rows["coef"], np.nan),
+        changed=np.where(finite, rows["changed"], np.nan),
+        skipped=(rows["skipped"] & ~rows["overflow"]).astype(float),
+        nonfinite=(~rows["finite"] & ~rows["overflow"]).astype(float),
+        overflows=rows["overflow"].astype(float),
+        parts=history.parts,
+        segments=segments,
+        optimizer=history.meta.get("optimizer"),
+    )
+
+
+def comparable(limit: Numbers, coef: Numbers, segments: tuple[Mapping[str, Any], ...] = ()) -> Numbers:
+    """The limits that a norm can be held against, `(n,)`: not those of entries or of root mean squares; else NaN."""
+    methods = [one["method"] for one in segments if one["method"]]
+    if any(method.get("settings", {}).get("statistic", "norm") != "norm" for method in methods):
+        return np.full(len(limit), np.nan)
+    # Where entries are limited there is no factor.
+    return np.where(np.isfinite(limit) & np.isfinite(coef), limit, np.nan)
