@@ -685,6 +685,7 @@ class TestWithoutDetails:
             assert (one is None) == (fast[name] is None)
             if one is not None:
                 assert_equal(fast[name], one)
+                assert_equal(one, gradients[name].clamp(low, high))
         for name in ("norm", "limit", "finite", "skipped"):
             assert getattr(silent, name).item() == pytest.approx(getattr(told, name).item(), rel=0, nan_ok=True), name
         assert math.isnan(silent.norm_clipped.item())
