@@ -268,7 +268,7 @@ class GradientClipping(KnownArguments, Callback):
                 logger.log_metrics(metrics, step=step)
 
     def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        tensors = {key: torch.tensor(value, device="cpu") for key, value in metrics.items()}
+        tensors = {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in metrics.items()}
         trainer.callback_metrics.update(tensors)
         if self.prog_bar:
             shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}

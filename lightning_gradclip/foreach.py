@@ -22,8 +22,6 @@ def _found(holder: object, name: str) -> Any:
 _norm: _Norm | None = _found(torch, "_foreach_norm")
 _mul: _Write | None = _found(torch, "_foreach_mul_")
 _unscale: _Write | None = _found(torch, "_amp_foreach_non_finite_check_and_unscale_")
-_clamp_min: _Write | None = _found(torch, "_foreach_clamp_min_")
-_clamp_max: _Write | None = _found(torch, "_foreach_clamp_max_")
 _flatten: Callable[[Sequence[Tensor]], Tensor] | None = _found(
     _found(_found(torch, "_C"), "_nn"), "flatten_dense_tensors"
 )
@@ -63,13 +61,3 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
     _unscale(tensors, found, torch.full((1,), factor, dtype=torch.float32, device="cpu"))
     # Which this function, unlike the others, leaves to its caller.
     torch.autograd.graph.increment_version(tensors)
-
-
-def clamp_(tensors: Sequence[Tensor], low: float, high: float) -> None:
-    """Clamp the entries of tensors of one device and dtype; NaN stays."""
-    if _clamp_min is None or _clamp_max is None:
-        for one in tensors:
-            one.clamp_(low, high)
-        return
-    _clamp_min(tensors, low)
-    _clamp_max(tensors, high)

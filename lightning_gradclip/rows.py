@@ -7,7 +7,7 @@ joined in float64.
 torch has vectorised kernels for norms of float32, float64 and bfloat16 in their own dtype only. A bfloat16 result has
 three digits, so that smaller half tensors are converted first, which costs two to three times the reading. From 2**20
 entries on bfloat16 rows are taken as they are: where many rows count, their errors average out. That leaves 5e-5 of
-normally distributed entries at 2**20, 1e-5 at 2**22, and 3e-4 where a few large entries make up the norm; where all
+normally distributed entries at 2**20, 1e-5 at 2**22, and 5e-4 where a few large entries make up the norm; where all
 entries are equal nothing averages out, and up to 4e-3 remains, as of the bfloat16 norm that torch gives.
 """
 

@@ -10,8 +10,6 @@ from lightning_gradclip import foreach
 
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
-# Below this many entries a call costs more than a pass.
-_SMALL = 2**14
 # Gradients that a float32 factor loses nothing against.
 _FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -64,17 +62,10 @@ def scale_units_(parameter: Tensor, coefs: Tensor) -> None:
 
 def clamp_(params: Iterable[Tensor], low: float, high: float) -> None:
     """Replace entries below `low` by it and entries above `high` by that; NaN stays."""
-    small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in params:
         if (gradient := parameter.grad) is not None:
             values = _stored_values(parameter, gradient)
-            if values.numel() < _SMALL:
-                small.setdefault((values.device, values.dtype), []).append(values)
-            else:
-                values.clamp_(*stored_bounds(values.dtype, low, high))
-    for (_, dtype), together in small.items():
-        # Two passes, but one call for many.
-        foreach.clamp_(together, *stored_bounds(dtype, low, high))
+            values.clamp_(*stored_bounds(values.dtype, low, high))
 
 
 @lru_cache(maxsize=64)
