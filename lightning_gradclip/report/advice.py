@@ -78,8 +78,8 @@ def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
     """
     if not run.each_step:
         raise RunError(
-            f"{run.name} holds means over several steps, from which single steps cannot be told; record every step "
-            "with history=True, or log with log_every_n_steps=1"
+            f"{run.name} holds means over several steps, from which single steps cannot be told; "
+            "log with log_every_n_steps=1, or record a history"
         )
     chosen = np.isfinite(run.norm) & (run.norm > 0)
     if from_step is not None:
