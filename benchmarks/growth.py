@@ -1,7 +1,7 @@
 """How the cost of a step grows with the number of tensors and of elements, ours and torch's.
 
-    pip install -e '.[bench]'
-    python benchmarks/growth.py [--quick]          # writes benchmarks/results/growth.md and .json, docs/growth.png
+pip install -e '.[bench]'
+python benchmarks/growth.py [--quick]          # writes benchmarks/results/growth.md and .json, docs/growth.png
 """
 
 import argparse
@@ -62,7 +62,9 @@ def main() -> None:
     }
     text = "An unclipped step, microseconds of CPU time, one thread.\n\n![Growth](../../docs/growth.png)\n"
     for label, panel in panels.items():
-        rows = [[f"{n:,}", *(micros([one[k]]) for k in ("ours", "torch")), shown(one["ratio"])] for n, one in panel.items()]
+        rows = [
+            [f"{n:,}", *(micros([one[k]]) for k in ("ours", "torch")), shown(one["ratio"])] for n, one in panel.items()
+        ]
         text += "\n" + table([label, "`Clipper.step()`", "`clip_grad_norm_`", "ratio (quartiles)"], rows)
     timing.write("growth", "Growth", text, panels, where)
     if not quick:

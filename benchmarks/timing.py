@@ -20,6 +20,9 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_THREADS = torch.get_num_threads()
+LOAD = os.getloadavg()[0]
+# Threads that wait for one which is not running make wall time meaningless.
+BUSY = 0.5 * (os.cpu_count() or 1) < LOAD
 Case = Callable[[], Any]
 
 
@@ -45,6 +48,14 @@ def interleave(cases: Mapping[str, Case], *, rounds: int, seconds: float = 0.01,
             times[name].wall.append((time.perf_counter() - wall) / calls[name] * 1e6)
     torch.set_num_threads(1)
     return times
+
+
+def best_wall(cases: Mapping[str, Case], rounds: int) -> dict[str, float]:
+    """Wall time of each case's best round with torch's default number of threads; empty where the machine is busy."""
+    if BUSY:
+        return {}
+    times = interleave(cases, rounds=rounds, threads=DEFAULT_THREADS)
+    return {name: min(one.wall) for name, one in times.items()}
 
 
 def _calls(case: Case, seconds: float) -> int:
@@ -95,7 +106,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "default threads of torch": DEFAULT_THREADS,
-        "load at the start": round(os.getloadavg()[0], 1),
+        "load at the start": round(LOAD, 1),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }

@@ -24,7 +24,7 @@ from lightning_gradclip import GradientClipping, NormClip
 
 WARM, STEPS = 50, 450
 CASES: dict[str, Any] = {
-    "bare": lambda: {},
+    "bare": dict,
     "an empty Callback": lambda: {"callbacks": [pl.Callback()]},
     "Trainer(gradient_clip_val=1.0)": lambda: {"gradient_clip_val": 1.0},
     "GradientClipping(NormClip())": lambda: {"callbacks": [GradientClipping(NormClip())]},
@@ -102,7 +102,9 @@ def main() -> None:
             rows.append([str(2 * layers), name, f"{statistics.median(own):.0f}", *cells])
             data[f"{2 * layers} tensors, {name}"] = {"us": own, "above": middle, "above, least": least}
             print(rows[-1], flush=True)
-    text = "Microseconds of CPU time per step, one thread. The callback keeps all statistics and logs every 50 steps.\n\n"
+    text = (
+        "Microseconds of CPU time per step, one thread. The callback keeps all statistics and logs every 50 steps.\n\n"
+    )
     head = ["tensors", "trainer", "step, median", "above bare: median (quartiles)", "above bare: least to least"]
     timing.write("trainer", "In a Trainer", text + table(head, rows), data, where)
 
