@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT_THREADS = torch.get_num_threads()
 LOAD = os.getloadavg()[0]
 # Threads that wait for one which is not running make wall time meaningless.
-BUSY = 0.5 * (os.cpu_count() or 1) < LOAD
+BUSY = (os.cpu_count() or 1) < 2 * LOAD
 Case = Callable[[], Any]
 
 
