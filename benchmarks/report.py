@@ -32,17 +32,18 @@ def norm_bars(axis: Any, norms: dict[str, Any]) -> None:
             heights.append(times[one["read by"] if key == "read" else key] / times["torch"])
         spots = [index + (place - 2) * 0.17 for index in range(len(norms))]
         axis.bar(spots, heights, 0.16, label=label, color=color)
-    short = [name.replace(", ", "\n", 1).replace(" tensors of ", "\ntensors of ") for name in norms]
+    short = [name.replace(", ", "\n").replace("tensors of", "tensors\nof").replace("M ", "M\n") for name in norms]
     axis.set_xticks(range(len(norms)), short, fontsize=7)
     axis.set_title("clipping by norm", fontsize=10)
+    axis.set_ylim(top=1.4)
     axis.set_ylabel("CPU time, clip_grad_norm_ = 1")
-    axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.24))
+    axis.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.0))
 
 
 def side_bars(axis: Any, title: str, times: dict[str, float], unit: str) -> None:
     colors = [SKY if "Clip()" in name else GRAY for name in times]
     bars = axis.barh(list(times), list(times.values()), color=colors)
-    axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     axis.margins(x=0.2)
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
