@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep test test-packaging lint types check format dist clean
+.PHONY: help demo sweep bench test test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,6 +18,13 @@ sweep: $(VENV)/.ready  ## train with each method and three seeds, and print the 
 	@echo "==> Training 36 times, as many at once as there are cores; multirun/ keeps the logs"
 	$(BIN)/python examples/train.py -m hparams_search=methods experiment=quick hydra/launcher=joblib
 	$(BIN)/python examples/results.py --pool seed
+
+bench: $(VENV)/.ready-bench  ## measure what clipping costs on this machine (about ten minutes)
+	$(BIN)/python benchmarks/clip.py
+	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/report.py
 
 test: $(VENV)/.ready  ## run the tests
 	@echo "==> Running the tests"
@@ -64,4 +71,9 @@ $(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) tests/peers.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "==> Installing the development tools"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	@echo "==> Installing what the benchmarks need"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[bench]'
 	@touch $@
