@@ -69,6 +69,15 @@ class TestEachFunction:
         assert all(map(same_bits, some, expected))
         assert [one._version for one in some] == [1] * 4
 
+    @pytest.mark.parametrize("numel", [4095, 4096, 4097, 20_000])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_scale_gives_the_same_bits_whatever_the_size(self, numel: int, dtype: torch.dtype) -> None:
+        some = [torch.randn(numel, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+        expected = [(one.float() * torch.tensor(0.3)).to(dtype) for one in some]
+        foreach.scale_(some, 0.3)
+        assert all(map(same_bits, some, expected))
+        assert [one._version for one in some] == [1] * 3
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
