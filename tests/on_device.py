@@ -461,7 +461,9 @@ class TestFolding:
             assert metrics["overflows"] == 2.0
             everything.append((model.weights(), scaler.get_scale(), metrics))
         (one, scale, metrics), (other, expected, rest) = everything
-        assert_close(one, other)
+        for here, there in zip(one, other, strict=True):
+            # Updates that cancel leave weights that are small beside the rounding of each.
+            torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-6)
         assert scale == expected
         assert metrics == pytest.approx(rest, rel=1e-6)
 
