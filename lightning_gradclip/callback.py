@@ -16,9 +16,9 @@ from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
 
-# Sharded gradients need a reduction over ranks, and DeepSpeed's engine keeps its gradients to itself.
+# DeepSpeed's engine keeps its gradients to itself, and XLA's precision plugins average them after the hook.
 # By name, so that those of the package pytorch_lightning are known too.
-_UNSUPPORTED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+_UNSUPPORTED = {"DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
 _IN_BAR = ("norm", "clip_rate")
 
 
@@ -159,7 +159,7 @@ class GradientClipping(KnownArguments, Callback):
             return
         clipper = self._clippers.get(index)
         if clipper is None or clipper.optimizer is not optimizer:
-            clipper = self._clippers[index] = self._clipper(pl_module, optimizer, index)
+            clipper = self._clippers[index] = self._clipper(trainer, pl_module, optimizer, index)
         self._last_batch = progress.batches(trainer)
         clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
             trainer, with_next_step=True
@@ -213,8 +213,9 @@ class GradientClipping(KnownArguments, Callback):
             )
         if _UNSUPPORTED & {base.__name__ for base in type(trainer.strategy).__mro__}:
             raise MisconfigurationException(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which no rank holds "
-                "whole gradients; train with strategy='ddp', or use Trainer(gradient_clip_val=...) where it works"
+                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which it would see "
+                "gradients that are not final; train with 'ddp', 'fsdp' or ModelParallelStrategy, or use "
+                "Trainer(gradient_clip_val=...) where it works"
             )
         callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
         twins = [one for one in callbacks if isinstance(one, GradientClipping) and one.name == self.name]
@@ -231,8 +232,11 @@ class GradientClipping(KnownArguments, Callback):
                 "return it from configure_optimizers"
             )
 
-    def _clipper(self, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
-        clipper = Clipper(pl_module.named_parameters(), self.method, optimizer=optimizer, **self._options)
+    def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
+        # The root of FSDP is a wrapper around the module.
+        flattens = any(base.__name__ == "FSDPStrategy" for base in type(trainer.strategy).__mro__)
+        model = trainer.strategy.model if flattens else pl_module
+        clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))
         elif index in self._clippers:

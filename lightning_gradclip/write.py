@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_gradclip import foreach
+from lightning_gradclip import foreach, layout
 
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
@@ -37,6 +37,8 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
 def scale_all_(params: Sequence[Tensor], coef: float) -> None:
     """Multiply all gradients, on CPU, by one coefficient."""
     gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
+    if set(map(type, gradients)) != {Tensor}:
+        gradients = [layout.local(gradient) for gradient in gradients]
     dtypes = {gradient.dtype for gradient in gradients}
     plain = len(dtypes) == 1 and dtypes <= _FLOAT32 and _SMALLEST <= coef <= _LARGEST
     # Contiguous gradients share no memory and are not sparse.
@@ -109,6 +111,8 @@ def _real_values(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
+    if layout.is_distributed(gradient):
+        return layout.local(gradient)
     if gradient.is_sparse:
         if not gradient.is_coalesced():
             # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
