@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, ValueClip
+from lightning_gradclip.fold import Fold
 
 needs_fsdp2 = pytest.mark.skipif(not layouts.FSDP2_ON_CPU, reason="this torch knows FSDP2 on GPUs only")
 
@@ -241,6 +242,19 @@ class TestFold:
         for clipped, after, folded, after_too in workers.run(work):
             assert clipped == folded
             torch.testing.assert_close(after_too, after, rtol=1e-6, atol=1e-6)
+
+
+def test_whether_the_host_decides_does_not_depend_on_the_gradients_of_a_rank() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    for name, at_first, later in (("sgd", False, False), ("adamw", True, True)):
+        optimizer = FUSED[name]([weight])
+        fold = Fold(optimizer)
+        found = []
+        for gradient in (None, torch.ones(3), torch.ones(3)):
+            weight.grad = gradient
+            found.append(fold.can_leave_out(alike=True))
+            optimizer.step()
+        assert found == [at_first, later, later]
 
 
 FUSED: dict[str, Callable[[Any], Optimizer]] = {
