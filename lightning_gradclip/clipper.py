@@ -128,6 +128,8 @@ class Clipper:
             outcome = self._limiter.judge(gradients, self._steps, scale)
             if outcome.nothing:
                 return self._nothing()
+            if scaler is not None and self._reducer is not None and self._policy.writes and self._optimizer is not None:
+                amp.agree(scaler, self._optimizer, outcome.finite)
             verdict = self._actor.act(outcome, self._steps, scaler)
             self._steps += 1
             stats = self._record(verdict)
@@ -228,9 +230,11 @@ class Clipper:
                 "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
                 "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
             )
-        if not self._policy.writes or self._fold is not None:
+        # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
+        folds = self._fold is not None and self._reducer is None
+        if not self._policy.writes or folds:
             return amp.pending_scale(scaler, self._optimizer)
-        amp.unscale_(scaler, self._optimizer)
+        amp.unscale_(scaler, self._optimizer, together=self._reducer is not None)
         return 1.0
 
     def _record(self, verdict: Verdict) -> StepStats:

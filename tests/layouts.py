@@ -61,13 +61,19 @@ def _start(world: int) -> None:
     assert dist.get_world_size() == world
 
 
-def _fsdp1(strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True) -> Callable[[nn.Module], nn.Module]:
+def _fsdp1(
+    strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True
+) -> Callable[[nn.Module], nn.Module]:
     def apply(module: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
         kind = ShardingStrategy[strategy]
-        options: dict[str, Any] = {"sharding_strategy": kind, "use_orig_params": original, "device_id": torch.device("cpu")}
+        options: dict[str, Any] = {
+            "sharding_strategy": kind,
+            "use_orig_params": original,
+            "device_id": torch.device("cpu"),
+        }
         if strategy == "HYBRID_SHARD":
             options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard"))
         if wrap:
