@@ -75,6 +75,7 @@ class Batch:
             or together.layout is not torch.strided
             or together.device.type != "cpu"
             or together.numel() != self.numel
+            or (self.shape is not None and together.shape[together.ndim - len(self.shape) :] != self.shape)
         ):
             raise OutdatedError
         if self.shape is None:

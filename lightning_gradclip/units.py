@@ -14,19 +14,8 @@ class UnitLimiter(Limiter):
 
     def write(self, outcome: Outcome) -> None:
         """Scale the units as the coefficients say; parameters of which no unit is over its limit are not written."""
-        coefs = outcome.coefs
-        if not isinstance(coefs, Tensor):
-            return
-        touched = range(len(self._params))
-        if coefs.device.type == "cpu":
-            touched = self._units.index_on(coefs.device)[coefs != 1].unique_consecutive().tolist()
-        starts, sliced = self._units.starts, self._units.sliced
-        whole = [i for i in touched if not sliced[i]]
-        factors = coefs[pnorm.integers_on(tuple(starts[i] for i in whole), coefs.device)]
-        write.scale_([self._params[i] for i in whole], factors.unbind())
-        for i in touched:
-            if sliced[i]:
-                write.scale_units_(self._params[i], coefs[starts[i] : starts[i + 1]])
+        if isinstance(outcome.coefs, Tensor):
+            write.scale_units_(self._params, self._units.rows, outcome.coefs)
 
     def _scopes_of(self, selection: Selection) -> Units:
         self._units = selection.units()
