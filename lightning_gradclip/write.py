@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from lightning_gradclip import foreach, pnorm
 from lightning_gradclip.rows import BLOCK
+
+_dtype_of = attrgetter("dtype")
 
 # The normal range of float32.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
@@ -41,7 +44,7 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
 def scale_all_(params: Sequence[Tensor], coef: float) -> None:
     """Multiply all gradients, on CPU, by one coefficient."""
     gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
-    dtypes = {gradient.dtype for gradient in gradients}
+    dtypes = set(map(_dtype_of, gradients))
     plain = len(dtypes) == 1 and dtypes <= _FLOAT32 and _SMALLEST <= coef <= _LARGEST
     # Contiguous gradients share no memory and are not sparse.
     if plain and all(map(Tensor.is_contiguous, gradients)):
