@@ -151,10 +151,6 @@ def test_arguments_are_checked_where_they_are_given(
         GradientClipping(**{"method": NormClip(), **options})
 
 
-def test_what_this_version_cannot_do_is_refused() -> None:
-    for options in ({"history": True}, {"history": "folder"}):
-        with pytest.raises(ValueError, match="is not available in this version; use"):
-            clipping(**options)
 
 
 def test_a_method_without_a_limit_says_so() -> None:
