@@ -156,6 +156,7 @@ class GradientClipping(KnownArguments, Callback):
         opening = history_opening(trainer, self.history, self.name, several=several, only=self.optimizer, **settings)
         self._recorder = Recorder(opening, histograms=self.histograms and trainer.is_global_zero)
         self._recorder.load_state_dict(self._saved_norms)
+        self._saved_norms = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
