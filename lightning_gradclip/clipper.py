@@ -3,7 +3,7 @@
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ class Clipper:
         self._fold = _fold_for(optimizer) if fold else None
         self._steps = 0
         self._window = Window()
+        # Told of every recorded step, also of one that then raises.
+        self.listener: Callable[[StepStats], None] | None = None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
         self._select()
@@ -238,11 +240,14 @@ class Clipper:
         return 1.0
 
     def _record(self, verdict: Verdict) -> StepStats:
-        outcome, row = verdict.outcome, verdict.row
+        outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
         self._window.add(row)
-        if self._limiter.measured is not None and outcome.measured is not None:
-            self._window.add_scopes(self._limiter.measured.names, outcome.measured)
-        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
+        if places is not None and outcome.measured is not None:
+            self._window.add_scopes(places.names, outcome.measured)
+        stats = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+        if self.listener is not None:
+            self.listener(stats)
+        return stats
 
     def _nothing(self) -> StepStats:
         sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")
