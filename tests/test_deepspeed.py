@@ -88,7 +88,7 @@ def train(folder: Path, *callbacks: Any, strategy: Any = None, fits: int = 1, **
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_engine_clips_as_with_lightnings_own_setting_and_its_norm_is_logged(
+def test_the_engine_clips_as_lightnings_own_setting_does_and_logs_its_norm(
     tmp_path: Path, accumulate: int
 ) -> None:
     def work(rank: int) -> Any:
