@@ -1,9 +1,9 @@
 """Gradients to sizes: p-norms in float32 or wider, reading each gradient once.
 
 Two float32 entries of 1e20 overflow when squared and entries of 1e-25 vanish. A norm outside the range in which the
-fast sum is exact is therefore measured again in float64, scaled by the largest entry: on CPU each norm that
-needs it (NaN does not, since finite entries never add up to it); on other devices, where looking at each would make the host wait, all of them when the host reads a joint norm
-that is out of range.
+fast sum is exact is therefore measured again in float64, scaled by the largest entry: on CPU each norm that needs it
+(NaN does not, since finite entries never add up to it); on other devices, where looking at each would make the host
+wait, all of them when the host reads a joint norm that is out of range.
 """
 
 import math
