@@ -167,8 +167,8 @@ def compare_norms(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
     text = "Clipping by norm. Ratios to `torch.nn.utils.clip_grad_norm_`: median (quartiles) over rounds, of CPU time "
     text += f"with one thread. wall: best round to best round, {timing.DEFAULT_THREADS} threads. "
     text += "busy: others used the machine, so that wall time would say nothing.\n"
-    text += "`measure` is the norm alone, `step` is `Clipper.step()`. Limits are native passes over as many bytes: one that "
-    text += "reads, and for a clipped step one that reads and writes (`_foreach_mul_`) as well.\n\n"
+    text += "`measure` is the norm alone, `step` is `Clipper.step()`. Limits are native passes over as many "
+    text += "bytes: one that reads, and for a clipped step one that reads and writes (`_foreach_mul_`) as well.\n\n"
     text += table(head, rows) + "\nMedians in microseconds of CPU time, one thread:\n\n"
     micro = ["torch", "measure", "step", "torch, clipped", "step, clipped", "multiply", "read limit", "read by"]
     return text + table(["gradients", *micro], absolute), data
@@ -197,8 +197,11 @@ def others(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
             data |= figures
             gc.collect()
     head = ["what", "ours / theirs", "limit / theirs", "ours, us", "theirs, us"]
-    text = "Other methods, CPU time with one thread. The limit is one native pass that reads each tensor that is measured, "
-    text += "and native calls for what is written: `clamp_`, the optimizer's step; for AGC the reading alone.\n\n"
+    text = "Other methods, CPU time with one thread. The limit is one native pass that reads each tensor "
+    text += (
+        "that is measured, and native calls for what is written: `clamp_`, the optimizer's step; for AGC the reading "
+    )
+    text += "alone.\n\n"
     return text + table(head, rows), data
 
 
