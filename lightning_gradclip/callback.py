@@ -5,14 +5,13 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, progress
+from lightning_gradclip import amp, checks, progress, strategy
 from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.framework import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
 
@@ -120,7 +119,7 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._refuse_conflicts(trainer)
+        self._refuse_conflicts(trainer, pl_module)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._clippers, self._saved = {}, {}
         self._saw_step, self._batches = False, 0
@@ -204,7 +203,7 @@ class GradientClipping(KnownArguments, Callback):
         self._saved = dict(state_dict["clippers"])
         self._clippers = {}
 
-    def _refuse_conflicts(self, trainer: Trainer) -> None:
+    def _refuse_conflicts(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clip_val = trainer.gradient_clip_val
         if clip_val and self._policy.writes:
             raise MisconfigurationException(
@@ -217,6 +216,9 @@ class GradientClipping(KnownArguments, Callback):
                 "gradients that are not final; train with 'ddp', 'fsdp' or ModelParallelStrategy, or use "
                 "Trainer(gradient_clip_val=...) where it works"
             )
+        scopes = {self._options["measure_per"], None if self.method is None else self.method.per}
+        if lost := strategy.lost_scopes(trainer.strategy, pl_module, scopes):
+            raise MisconfigurationException(f"{type(self).__name__}({self.method!r}) cannot work: {lost}")
         callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
         twins = [one for one in callbacks if isinstance(one, GradientClipping) and one.name == self.name]
         if len(twins) > 1:
@@ -234,8 +236,7 @@ class GradientClipping(KnownArguments, Callback):
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        flattens = any(base.__name__ == "FSDPStrategy" for base in type(trainer.strategy).__mro__)
-        model = trainer.strategy.model if flattens else pl_module
+        model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
         clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))

@@ -17,12 +17,14 @@ class Layout:
         flattened: Whether the pieces are cut from a flat vector, so that rows fall into several pieces.
         joined: Whether several parameters of the model were joined into this one.
         distributed: Whether it is a DTensor.
+        numel: The number of its entries, where its pieces hold others that fill them up.
     """
 
     pieces: int
     flattened: bool = False
     joined: bool = False
     distributed: bool = False
+    numel: int | None = None
 
 
 def layouts(named: Mapping[str, Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
@@ -112,7 +114,8 @@ def _flattened(module: nn.Module) -> dict[int, Layout]:
         ranks: Any = one.process_group
         whole = one.sharding_strategy is ShardingStrategy.NO_SHARD
         pieces = 1 if whole else ranks.size()
-        found[id(handle.flat_param)] = Layout(pieces, flattened=True, joined=True)
-        for parameter in handle.flat_param._params or ():
+        flat: Any = handle.flat_param
+        found[id(flat)] = Layout(pieces, flattened=True, joined=True, numel=sum(flat._numels))
+        for parameter in flat._params or ():
             found[id(parameter)] = Layout(pieces, flattened=not whole)
     return found

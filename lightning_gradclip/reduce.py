@@ -68,7 +68,10 @@ class Reducer:
         _require_same(names, self.device)
         held = [layout.local(parameter).numel() for parameter in params]
         held_here = torch.tensor(held, dtype=torch.float64, device="cpu") * self._shares_on(torch.device("cpu"))
-        self.numels = tuple(round(one) for one in _all_reduce(held_here.to(self.device)).tolist())
+        numels = _all_reduce(held_here.to(self.device)).tolist()
+        self.numels = tuple(
+            round(one) if known.numel is None else known.numel for one, known in zip(numels, layouts, strict=True)
+        )
 
     def reduce(
         self,
