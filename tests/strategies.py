@@ -1,6 +1,7 @@
 """Lightning's strategies on CPU processes, and one small module that each of them can spread over its ranks."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -26,11 +27,11 @@ from lightning_gradclip.layout import is_distributed
 
 Batch = tuple[Tensor, Tensor]
 Cut = Callable[[nn.Module, Any], None]
-Make = Callable[[Iterable[Tensor]], Optimizer]
+Make = Callable[[list[dict[str, Any]]], Optimizer]
 
 
-def momentum(params: Iterable[Tensor]) -> Optimizer:
-    return SGD(params, lr=0.1, momentum=0.9)
+def momentum(groups: list[dict[str, Any]]) -> Optimizer:
+    return SGD(groups, lr=0.1, momentum=0.9)
 
 
 class AsItIs(FSDPPrecision):
@@ -81,7 +82,10 @@ class Fitted(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         # FSDP may have joined the module's parameters into others.
-        return self.make_optimizer(self.trainer.strategy.model.parameters())
+        named = list(self.trainer.strategy.model.named_parameters())
+        layers = [parameter for name, parameter in named if re.search("embed|up|down|head", name)]
+        others = [parameter for name, parameter in named if not re.search("embed|up|down|head", name)]
+        return self.make_optimizer([{"params": layers}, {"params": others}])
 
 
 def spreading(module: LightningModule, cut: Cut | None) -> LightningModule:
@@ -154,11 +158,10 @@ _LAYERS = {"auto_wrap_policy": {nn.Linear}}
 WAYS = {
     "ddp": Way(2, 2, DDPStrategy),
     "fsdp1_full": Way(2, 2, _fsdp1("FULL_SHARD", **_LAYERS)),
-    "fsdp1_flat": Way(2, 2, _fsdp1("FULL_SHARD", use_orig_params=False)),
+    "fsdp1_flat": Way(2, 2, _fsdp1("FULL_SHARD", use_orig_params=False, **_LAYERS)),
     "fsdp1_grad_op": Way(2, 2, _fsdp1("SHARD_GRAD_OP")),
     "fsdp1_none": Way(2, 2, _fsdp1("NO_SHARD")),
     "fsdp1_hybrid": Way(4, 4, _fsdp1("HYBRID_SHARD", shape=(2, 2), **_LAYERS)),
-    "fsdp1_hybrid_flat": Way(4, 4, _fsdp1("HYBRID_SHARD", shape=(2, 2), use_orig_params=False)),
     "fsdp2": Way(2, 2, _model_parallel(2, 1), _shard),
     "fsdp2_4": Way(4, 4, _model_parallel(4, 1), _shard),
     "tensor": Way(2, 1, _model_parallel(1, 2), _tensor),
