@@ -6,12 +6,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.delegated import Delegated
 from lightning_gradclip.histograms import Norms, log_histogram
 
 _IN_BAR = ("norm", "clip_rate")
 
 # By the index of their optimizer.
-Clippers = Mapping[int, Clipper]
+Clippers = Mapping[int, Clipper | Delegated]
 
 
 class Publisher:
