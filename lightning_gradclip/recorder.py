@@ -118,7 +118,8 @@ class Recorder:
         if index not in self._writers:
             return
         try:
-            self._writers[index].append(*packed)
+            steps, rows, scopes, norms = packed
+            self._writers[index].append(steps, rows, scopes, norms if scopes else None)
         except HistoryError as error:
             self._give_up(error)
 
