@@ -1,5 +1,8 @@
 """Loss scaling and half precision where gradients are cut: every rank unscales, clips and drops alike."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import layouts
@@ -96,16 +99,13 @@ def runs(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, dict[str, 
 
     def work(rank: int) -> dict[str, dict[str, Any]]:
         plain = {"plain": train(rank, name, adamw(fused=False), scaled=False)}
-        # Fused optimizers raise under the scaler of FSDP 1, whose found_inf has another shape than they expect.
-        kinds = (False,) if name.startswith("fsdp1") else (False, True)
-        for fused in kinds:
+        for fused in (False, True):
             plain[f"scaled {fused}"] = train(rank, name, adamw(fused), scaled=True)
             plain[f"overflow {fused}"] = train(rank, name, adamw(fused), scaled=True, bad=1)
-        if True in kinds:
-            plain["fold"] = train(rank, name, adamw(fused=True), scaled=True, fold=True)
-            plain["fold overflow"] = train(rank, name, adamw(fused=True), scaled=True, fold=True, bad=1)
-        plain["watched"] = train(rank, name, adamw(kinds[-1]), scaled=True, action="observe")
-        plain["alone"] = train(rank, name, adamw(kinds[-1]), scaled=True, clips=False)
+        plain["fold"] = train(rank, name, adamw(fused=True), scaled=True, fold=True)
+        plain["fold overflow"] = train(rank, name, adamw(fused=True), scaled=True, fold=True, bad=1)
+        plain["watched"] = train(rank, name, adamw(fused=True), scaled=True, action="observe")
+        plain["alone"] = train(rank, name, adamw(fused=True), scaled=True, clips=False)
         return plain
 
     return name, workers.run(work, world=layouts.SPREADS[name].world, timeout=120)
@@ -117,14 +117,8 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rto
         np.testing.assert_allclose(value, theirs[name], rtol=rtol, atol=rtol * np.abs(value).max(), err_msg=name)
 
 
-def skip_unless_tried(runs: Any, how: str) -> None:
-    if how not in runs[1][0]:
-        pytest.skip("torch's fused optimizers do not work under the scaler of FSDP 1")
-
-
 @pytest.mark.parametrize("how", ["scaled False", "scaled True", "fold"])
 def test_training_under_a_scaler_is_training_without(runs: Any, how: str) -> None:
-    skip_unless_tried(runs, how)
     for found in runs[1]:
         ours, plain = found[how], found["plain"]
         assert min(plain["norms"]) > LIMIT
@@ -135,7 +129,6 @@ def test_training_under_a_scaler_is_training_without(runs: Any, how: str) -> Non
 
 @pytest.mark.parametrize("how", ["overflow False", "overflow True", "fold overflow"])
 def test_an_overflow_on_one_rank_is_dropped_by_all(runs: Any, how: str) -> None:
-    skip_unless_tried(runs, how)
     name, ranks = runs
     for found in ranks:
         ours = found[how]
@@ -187,3 +180,95 @@ def test_lightnings_own_clipping_refuses_what_works_here() -> None:
     options = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(Fused(), gradients(1), gradient_clip_val=1.0, **options)
+
+
+class NotWithoutUsError(Exception):
+    """torch raises, with this package and without it."""
+
+
+def one_step(
+    rank: int, name: str, *, dtype: torch.dtype, mixed: bool = False, scaled: bool = False, fused: bool = False
+) -> None:
+    """Clip one step and compare with the gradients put together.
+
+    Raises:
+        NotWithoutUsError: If a step without clipping is not possible.
+    """
+
+    def backward(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+        x, y = (one.to(dtype) for one in batches(rank, name)[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = (model(x) - y).square().mean()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def prepared() -> tuple[nn.Module, Optimizer, torch.amp.GradScaler | None]:
+        model = layouts.spread(name, layouts.net(dtype))
+        return model, AdamW(model.parameters(), lr=0.01, fused=fused), scaler_for(name) if scaled else None
+
+    model, optimizer, scaler = prepared()
+    backward(model, scaler)
+    if scaler is not None:
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            raise NotWithoutUsError from error
+    model, optimizer, scaler = prepared()
+    backward(model, scaler)
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    before = {key: value.double() / scale for key, value in layouts.whole(model, gradients=True).items()}
+    stats = Clipper(model, NormClip(max_norm=LIMIT), optimizer=optimizer).step(scaler)
+    after = layouts.whole(model, gradients=True)
+    true = np.sqrt(sum(float(value.square().sum()) for value in before.values()))
+    assert stats.norm.item() == pytest.approx(true, rel=1e-6)
+    epsilon = max(torch.finfo(dtype).eps, 1e-6)
+    for key, value in before.items():
+        expected = value * LIMIT / (true + 1e-6)
+        torch.testing.assert_close(after[key].double(), expected, rtol=2 * epsilon, atol=epsilon * 1e-3, msg=key)
+    # Where a step is possible without, it is with.
+    optimizer.step() if scaler is None else scaler.step(optimizer)
+
+
+# The columns of the README's table and what stands for them here.
+COLUMNS = {
+    "`ddp`": "ddp",
+    "FSDP": "fsdp1_full",
+    "FSDP2": "fsdp2",
+    "FSDP2 and tensor parallel": "tensor_data",
+    "tensor parallel": "tensor",
+}
+ROWS: dict[str, list[Callable[[int, str], None]]] = {
+    "32, 64 bits": [partial(one_step, dtype=torch.float32), partial(one_step, dtype=torch.float64)],
+    "`bf16-mixed`": [partial(one_step, dtype=torch.float32, mixed=True)],
+    "`bf16-true`, `16-true`": [partial(one_step, dtype=torch.bfloat16), partial(one_step, dtype=torch.float16)],
+    "`16-mixed`, with a GradScaler": [partial(one_step, dtype=torch.float32, scaled=True)],
+    "the same with a fused optimizer": [partial(one_step, dtype=torch.float32, scaled=True, fused=True)],
+}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Row to column to cell."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    head, _, *lines = ("| precision |" + text.partition("| precision |")[2].partition("\n\n")[0]).splitlines()
+    columns = [cell.strip() for cell in head.strip("| ").split(" | ")][1:]
+    rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)
+    return {row: dict(zip(columns, cells, strict=True)) for row, *cells in rows}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_table_of_precisions_is_true(column: str) -> None:
+    cells = {row: cells[column] for row, cells in table().items()}
+    assert cells.keys() == ROWS.keys()
+
+    def work(rank: int) -> dict[str, str]:
+        found = {}
+        for row, steps in ROWS.items():
+            try:
+                for step in steps:
+                    step(rank, COLUMNS[column])
+                found[row] = "exact"
+            except NotWithoutUsError:
+                found[row] = "torch raises"
+        return found
+
+    for found in workers.run(work, world=layouts.SPREADS[COLUMNS[column]].world, timeout=120):
+        assert found == cells
