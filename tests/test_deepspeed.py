@@ -88,9 +88,7 @@ def train(folder: Path, *callbacks: Any, strategy: Any = None, fits: int = 1, **
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_engine_clips_as_lightnings_own_setting_does_and_logs_its_norm(
-    tmp_path: Path, accumulate: int
-) -> None:
+def test_the_engine_clips_as_lightnings_own_setting_does_and_logs_its_norm(tmp_path: Path, accumulate: int) -> None:
     def work(rank: int) -> Any:
         options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
         theirs, _ = train(tmp_path / "theirs", gradient_clip_val=LIMIT, **options)

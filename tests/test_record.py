@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_device
 import numpy as np
 import pytest
 import torch
@@ -43,6 +44,8 @@ from lightning_gradclip.growing import HistoryFormatError
 from lightning_gradclip.history import History
 from lightning_gradclip.pending import Pending
 from lightning_gradclip.report.find import find_runs
+from lightning_gradclip.scopes import Scopes
+from lightning_gradclip.stats import Row, StepStats
 
 LIMIT = 4.0
 pytestmark = [
@@ -152,6 +155,24 @@ def test_many_scopes_wait_in_bounded_memory_too() -> None:
     assert taken == [True] * 87 + [False] * 3
     assert pending.take().norms.shape == (90, 3000)
     assert len(pending) == 0
+
+
+@pytest.mark.skipif(not fake_device.AVAILABLE, reason="this version of torch has no Python backends for devices")
+def test_steps_on_a_device_are_fetched_in_one_copy() -> None:
+    with fake_device.attached() as device:
+        pending, scopes = Pending(), Scopes(("a", "b"), (0, 1))
+        rows = torch.arange(5 * len(Row._fields), dtype=torch.float64).view(5, -1)
+        norms = torch.arange(10, dtype=torch.float32).view(5, 2)
+        for step, (row, norm_of) in enumerate(zip(rows, norms, strict=True)):
+            pending.add(step, StepStats(device.put(row), 1.0, 1.0, scopes, device.put(norm_of), scopes))
+        assert pending.on_device
+        assert device.waits == []
+        taken = pending.take()
+        assert len(device.waits) == 1
+    assert taken.steps == [0, 1, 2, 3, 4]
+    assert taken.scopes == ("a", "b")
+    assert np.array_equal(taken.rows, rows.numpy())
+    assert np.array_equal(taken.norms, norms.numpy())
 
 
 def test_a_long_run_that_never_logs_is_recorded_in_bounded_memory(tmp_path: Path) -> None:
