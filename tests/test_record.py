@@ -1,5 +1,6 @@
 """The history of a trainer's run: every optimizer step once, whatever steps, stops, fails or goes on."""
 
+import html
 import json
 import os
 import resource
@@ -40,6 +41,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gradclip import AGC, Clipper, GradientClipping, NormClip, ValueClip
+from lightning_gradclip.cli import main
 from lightning_gradclip.growing import HistoryFormatError
 from lightning_gradclip.history import History
 from lightning_gradclip.pending import Pending
@@ -48,6 +50,7 @@ from lightning_gradclip.scopes import Scopes
 from lightning_gradclip.stats import Row, StepStats
 
 LIMIT = 4.0
+MARKUP = "<b>x<img src=x onerror=alert(1)>"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
@@ -553,3 +556,37 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
     assert names == ("encoder", "head")
     expected = [[norm(gradient, of) for of in (ENCODER, HEAD)] for gradient in joint]
     assert norms == pytest.approx(np.array(expected), rel=1e-6)
+
+
+def test_markup_in_names_of_a_trained_run_is_text(tmp_path: Path) -> None:
+    class Naughty(Prescribed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = torch.nn.ParameterDict({MARKUP: torch.nn.Parameter(torch.zeros(2))})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.extra[MARKUP].sum()
+
+    logger = CSVLogger(tmp_path, name="<i>run")
+    fit(Naughty(), gradients(3), clipping(True, measure_per="parameter"), logger=logger)
+    assert f"extra.{MARKUP}" in History(tmp_path / "<i>run" / "version_0" / "gradclip").scope_norms()[0]
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<i>run" not in page
+    assert MARKUP not in page
+    assert f"extra.{html.escape(MARKUP)}" in page
+
+
+@pytest.mark.parametrize("command", ["report", "advise"])
+@pytest.mark.parametrize("damage", ["empty", "cut off", "foreign"])
+def test_a_damaged_history_of_a_trained_run_is_one_line(
+    tmp_path: Path, damage: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(Prescribed(), gradients(3), clipping(tmp_path / "it"))
+    capsys.readouterr()
+    path = tmp_path / "it" / "steps.npy"
+    path.write_bytes({"empty": b"", "cut off": path.read_bytes()[:300], "foreign": b"PK" * 400}[damage])
+    assert main([command, str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-gradclip: error: ")
+    assert "steps.npy" in line
