@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, conflicts, delegated, progress
+from lightning_gradclip import amp, checks, conflicts, delegated, progress, strategy
 from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.delegated import Delegated
+from lightning_gradclip.framework import Callback, LightningModule, Trainer
 from lightning_gradclip.history_place import history_opening
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
@@ -130,7 +130,8 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        conflicts.refuse(trainer, self, writes=self._policy.writes)
+        measure_per, writes = self._options["measure_per"], self._policy.writes
+        conflicts.refuse(trainer, pl_module, self, measure_per=measure_per, writes=writes)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._clippers, self._saved, self._saved_norms = {}, {}, {}
         self._saw_step, self._batches = False, 0
@@ -248,7 +249,7 @@ class GradientClipping(KnownArguments, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
     ) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        model = trainer.strategy.model if conflicts.strategy_is(trainer, "FSDPStrategy") else pl_module
+        model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
         clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
         if isinstance(before, Clipper):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.

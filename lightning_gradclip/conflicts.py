@@ -2,26 +2,24 @@
 
 from typing import Any, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
+
+from lightning_gradclip import strategy
+from lightning_gradclip.framework import LightningModule, MisconfigurationException, Trainer
 
 # Their precision plugins average the gradients over the ranks only after the hook.
 # By name, so that those of the package pytorch_lightning are known too.
 _UNSUPPORTED = {"XLAStrategy", "XLAFSDPStrategy"}
 
 
-def strategy_is(trainer: Trainer, *names: str) -> bool:
-    """Whether the trainer's strategy is of one of these classes."""
-    return not {base.__name__ for base in type(trainer.strategy).__mro__}.isdisjoint(names)
-
-
-def refuse(trainer: Trainer, callback: Any, *, writes: bool) -> None:
+def refuse(trainer: Trainer, module: LightningModule, callback: Any, *, measure_per: str | None, writes: bool) -> None:
     """Refuse a trainer or other callbacks that a clipping callback would collide with.
 
     Args:
         trainer: The trainer, in `setup`.
+        module: What it trains.
         callback: The callback.
+        measure_per: The scope that it measures besides its method's.
         writes: Whether it may change gradients.
 
     Raises:
@@ -34,11 +32,14 @@ def refuse(trainer: Trainer, callback: Any, *, writes: bool) -> None:
             f"both Trainer(gradient_clip_val={clip_val}) and {kind}({callback.method!r}) clip; remove "
             "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
         )
-    if strategy_is(trainer, *_UNSUPPORTED):
+    if strategy.is_any(trainer.strategy, *_UNSUPPORTED):
         raise MisconfigurationException(
             f"{kind} does not support {type(trainer.strategy).__name__}, under which gradients are averaged over the "
             "ranks only after it has seen them; use Trainer(gradient_clip_val=...)"
         )
+    scopes = {measure_per, None if callback.method is None else callback.method.per}
+    if lost := strategy.lost_scopes(trainer.strategy, module, scopes):
+        raise MisconfigurationException(f"{kind}({callback.method!r}) cannot work: {lost}")
     callbacks = cast("list[Any]", trainer.callbacks)  # type: ignore[attr-defined]
     twins = [one for one in callbacks if isinstance(one, type(callback)) and one.name == callback.name]
     if len(twins) > 1:

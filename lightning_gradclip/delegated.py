@@ -8,10 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-
-from lightning_gradclip.conflicts import strategy_is
+from lightning_gradclip import strategy
+from lightning_gradclip.framework import MisconfigurationException, Trainer
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.norm import NormClip
 from lightning_gradclip.scopes import Scopes
@@ -32,7 +30,7 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
 
 def is_delegated(trainer: Trainer) -> bool:
     """Whether the trainer's strategy is DeepSpeed."""
-    return strategy_is(trainer, "DeepSpeedStrategy")
+    return strategy.is_any(trainer.strategy, "DeepSpeedStrategy")
 
 
 class Delegated:
