@@ -159,7 +159,7 @@ class Way(NamedTuple):
         return [tuple(part[start : start + size] for part in batch) for batch in batches]
 
 
-def _shard(net: nn.Module, mesh: Any) -> None:
+def shard(net: nn.Module, mesh: Any) -> None:
     fully_shard(net.up, mesh=mesh["data_parallel"])
     fully_shard(net, mesh=mesh["data_parallel"])
 
@@ -199,8 +199,8 @@ WAYS = {
     "fsdp1_grad_op": Way(2, 2, _fsdp1("SHARD_GRAD_OP")),
     "fsdp1_none": Way(2, 2, _fsdp1("NO_SHARD")),
     "fsdp1_hybrid": Way(4, 4, _fsdp1("HYBRID_SHARD", shape=(2, 2), **_LAYERS)),
-    "fsdp2": Way(2, 2, _model_parallel(2, 1), _shard),
-    "fsdp2_4": Way(4, 4, _model_parallel(4, 1), _shard),
+    "fsdp2": Way(2, 2, _model_parallel(2, 1), shard),
+    "fsdp2_4": Way(4, 4, _model_parallel(4, 1), shard),
     "tensor": Way(2, 1, _model_parallel(1, 2), _tensor),
     "tensor_data": Way(4, 2, _model_parallel(2, 2), _tensor_and_shard),
     "sequence": Way(2, 1, _model_parallel(1, 2), _sequence),
