@@ -19,11 +19,10 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
-HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE.parents[1] / "examples"
 # The demo's models, data and configuration are used as they are.
-sys.path += [folder for folder in (str(HERE), str(EXAMPLES)) if folder not in sys.path]
-os.environ["GRADCLIP_EXAMPLES"] = str(EXAMPLES)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parent))
+os.environ["GRADCLIP_EXAMPLES"] = str(Path(__file__).resolve().parents[2] / "examples")
 
 from outcome import in_sweep
 from recorder import Recorder
@@ -56,7 +55,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     model: LightningModule = instantiate(config.model, optimizer=instantiate(config.optimizer), **data.facts())
     callbacks = [one for node in config.callbacks.values() if node and (one := instantiate(node)) is not None]
     recorder = next(one for one in callbacks if isinstance(one, Recorder))
-    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks)
+    loggers = [instantiate(node) for node in config.logger.values() if node]
+    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     reason = ""
     try:
         trainer.fit(model, data)
@@ -105,5 +105,6 @@ def median_norm(norms: dict[int, list[float]]) -> float:
 
 if __name__ == "__main__":
     # A launcher's processes must find the modules of both folders.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), str(EXAMPLES), os.environ.get("PYTHONPATH")]))
+    folders = [str(Path(__file__).resolve().parent), os.environ["GRADCLIP_EXAMPLES"], os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     main()
