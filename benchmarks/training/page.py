@@ -5,11 +5,11 @@ python benchmarks/training/page.py benchmarks/training/results.csv docs/study.md
 """
 
 import math
+import os
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import figures
 from cells import RATES, Cell, Key, Row, Task, cells_of, clippings, read_results, read_tasks
 from intervals import missed, wilson
 
@@ -25,16 +25,20 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = read_results(arguments.results)
     tasks = {name: task for name, task in read_tasks().items() if any(row["task"] == name for row in rows)}
+    import figures  # wants matplotlib, of which the tables know nothing
+
     drawn = figures.draw(rows, tasks, arguments.page)
-    text = "\n\n".join(blocks(rows, tasks, drawn))
+    benchmarks = os.path.relpath(Path(__file__).parents[1], arguments.page.parent)
+    text = "\n\n".join(blocks(rows, tasks, drawn, benchmarks))
     arguments.page.write_text(text + "\n", encoding="utf-8")
     print(f"{arguments.page} and {len(drawn)} figures")
 
 
-def blocks(rows: Sequence[Row], tasks: Mapping[str, Task], drawn: Mapping[str, str]) -> Iterator[str]:
+def blocks(rows: Sequence[Row], tasks: Mapping[str, Task], drawn: Mapping[str, str], benchmarks: str) -> Iterator[str]:
+    """The parts of the page: `drawn` are the files of the figures, `benchmarks` is the folder, both as links."""
     cells, names = cells_of(rows, tasks), clippings(rows)
     yield "# What clipping does to training"
-    yield introduction(rows, tasks)
+    yield introduction(rows, tasks, benchmarks)
     yield f"![All results]({drawn['overview']})"
     yield overall(cells, tasks, names)
     for task in tasks.values():
@@ -43,13 +47,13 @@ def blocks(rows: Sequence[Row], tasks: Mapping[str, Task], drawn: Mapping[str, s
         yield f"![{task.name}]({drawn[task.name]})"
         yield task_table(cells, task, names)
     yield "## What a step takes"
-    yield overhead_table(rows, tasks, names)
+    yield overhead_table(rows, tasks, names, benchmarks)
     if advice := advice_table(cells, tasks):
         yield "## Limits by advice"
         yield advice
 
 
-def introduction(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
+def introduction(rows: Sequence[Row], tasks: Mapping[str, Task], benchmarks: str) -> str:
     seeds = sorted({row["seed"] for row in rows})
     made = ", ".join(f"{name} {' and '.join(sorted({row[name] for row in rows}))}" for name in ("torch", "lightning"))
     commits = ", ".join(f"`{name}`" for name in sorted({row["commit"] for row in rows}))
@@ -60,12 +64,13 @@ def introduction(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
     )
     return (
         f"Written by `page.py` from {len(rows):,} runs: {len(tasks)} tasks, seeds {seeds[0]} to {seeds[-1]}; {made}; "
-        f"package at {commits}. [How it was made, and how to repeat it](../benchmarks/training/README.md).\n\n"
+        f"package at {commits}. [How it was made, and how to repeat it]({benchmarks}/training/README.md).\n\n"
         f"A result is the median of the seeds and, in brackets, an interval that holds the true median with a "
         f"confidence of {1 - missed(len(seeds), 1):.0%}: from the worst to the best of up to eight runs (order "
         "statistics, which assume nothing about the distribution). The best median of a column is bold; that alone "
         "does not make it better than one whose interval overlaps. *Diverged*: the metric ended no better than the "
-        f"bound under the task, or training had to stop. What is behind such counts, by Wilson's 95 % interval: {shares}. "
+        "bound under the task, or training had to stop. What is behind such counts, by Wilson's 95 % interval: "
+        f"{shares}. "
         "*Spikes*: steps in 1,000 whose gradient, before clipping, is not finite or over 5 times the median of the 50 "
         "before. *Clipped*: steps that clipping changed. Three numbers stand for the three learning rates."
     )
@@ -128,7 +133,7 @@ def task_table(cells: Mapping[Key, Cell], task: Task, names: Iterable[str]) -> s
     return f"`{task.metric}`, {words[0]} the better; diverged: {words[1]} {task.useless:g}.\n\n{table(head, body)}"
 
 
-def overhead_table(rows: Iterable[Row], tasks: Mapping[str, Task], names: Iterable[str]) -> str:
+def overhead_table(rows: Iterable[Row], tasks: Mapping[str, Task], names: Iterable[str], benchmarks: str) -> str:
     """CPU time in units of that of the run with the same task, rate and seed which does not clip."""
     times = {(row["task"], row["clipping"], row["rate"], row["seed"]): row["ms_per_step"] for row in rows}
     # How long the games of a policy take depends on how well it plays.
@@ -151,7 +156,7 @@ def overhead_table(rows: Iterable[Row], tasks: Mapping[str, Task], names: Iterab
     return (
         "CPU time of a whole step, as a multiple of that of the run with the same learning rate and seed in which "
         "nothing clips: median and quartiles. These runs shared a machine with others, which moves single times by "
-        "tens of per cent; [measured side by side](../benchmarks/results/README.md) the callback takes about a tenth "
+        f"tens of per cent; [measured side by side]({benchmarks}/results/README.md) the callback takes about a tenth "
         "of a millisecond. CartPole is left out: its steps last as long as its games.\n\n" + table(["", *timed], body)
     )
 

@@ -68,8 +68,8 @@ class Recorder(Callback):
 
     @property
     def ms_per_step(self) -> float:
-        """CPU milliseconds of a batch, by the median."""
-        return 1000 * statistics.median(self.seconds)
+        """CPU milliseconds of a batch, by the median; NaN after a single one."""
+        return 1000 * statistics.median(self.seconds) if self.seconds else math.nan
 
 
 def count_spikes(norms: Sequence[float]) -> int:

@@ -30,7 +30,7 @@ from row import clipping_counts, fingerprint, read_row, where, write_row
 from train import quieten
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="study")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="study")
 def main(config: DictConfig) -> float:
     folder, settings = Path(HydraConfig.get().runtime.output_dir), fingerprint(config)
     done = read_row(folder)
