@@ -8,6 +8,8 @@ from cells import RATES, Cell, Key, Row, Task, cells_of, clippings
 from matplotlib import pyplot
 
 COLORS = dict(zip(RATES, ("tab:green", "tab:orange", "tab:red"), strict=True))
+# Below this the squares are so red that black is not read.
+DARK = 0.12
 
 
 def draw(rows: Sequence[Row], tasks: Mapping[str, Task], page: Path) -> dict[str, str]:
@@ -30,11 +32,16 @@ def overview(cells: Mapping[Key, Cell], tasks: Mapping[str, Task], names: Sequen
         bound = task.loss(task.useless)
         best = min((loss for line in medians for loss in line if math.isfinite(loss)), default=bound)
         reached = [[goodness(loss, best, bound) for loss in line] for line in medians]
-        image = axis.imshow(reached, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
+        image = axis.pcolormesh(
+            range(len(RATES)), range(len(names)), reached, cmap="RdYlBu", vmin=0, vmax=1, edgecolors="white"
+        )
+        axis.invert_yaxis()
         for y, line in enumerate(grid):
             for x, cell in enumerate(line):
                 if cell and cell.diverged:
-                    axis.text(x, y, f"{cell.diverged}/{len(cell.rows)}", ha="center", va="center", fontsize=7)
+                    color = "white" if reached[y][x] < DARK else "black"
+                    told = f"{cell.diverged}/{len(cell.rows)}"
+                    axis.text(x, y, told, ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(
             range(len(RATES)), [rate.replace("_", " ") for rate in RATES], rotation=40, ha="right", fontsize=8
         )

@@ -1,0 +1,99 @@
+"""Draws the pictures of docs/choosing.md, from runs of the study that log every step.
+
+pip install -e '.[bench]'
+python benchmarks/training/pictures.py    # a minute
+"""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from figures import save
+from matplotlib import pyplot
+
+STUDY = Path(__file__).with_name("study.py")
+DOCS = Path(__file__).parents[2] / "docs"
+LOGGED = Path("outputs/study-pictures")
+COLORS = {
+    "none": "tab:red",
+    "norm_mid": "tab:blue",
+    "zclip": "tab:orange",
+    "quantile": "tab:green",
+    "sigma": "tab:purple",
+}
+
+Curve = tuple[list[int], list[float]]
+
+
+def main() -> None:
+    explosion(DOCS / "choosing-explosion.png")
+    limits(DOCS / "choosing-limits.png")
+
+
+def explosion(path: Path) -> None:
+    """What happens to a recurrent network at a learning rate that is too high, with and without clipping."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    labels = {"none": "not clipped", "zclip": "zclip, which watches 25 steps first", "norm_mid": "clipped by norm"}
+    for clipping, label in labels.items():
+        # Without a method the callback measures and changes nothing.
+        measured = ["callbacks/gradclip=monitor"] if clipping == "none" else []
+        log = train(f"explosion-{clipping}", "task=char_lstm", "rate=too_high", f"clipping={clipping}", *measured)
+        left.plot(*curve(log, "gradclip/norm"), color=COLORS[clipping], linewidth=1, label=label)
+        right.plot(*curve(log, "train/loss"), color=COLORS[clipping], linewidth=1)
+    left.set_title("norm of the gradient before clipping", fontsize=9)
+    right.set_title("training loss; guessing has 3.25", fontsize=9)
+    right.axhline(3.25, color="lightgray", linewidth=1, zorder=0)
+    for axis in (left, right):
+        axis.set_yscale("log")
+    left.legend(frameon=False, fontsize=7)
+    finish(figure, path)
+
+
+def limits(path: Path) -> None:
+    """The norms of one run, and where each rule would have drawn the line."""
+    figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
+    labels = {
+        "norm_mid": "norm: a number",
+        "quantile": "quantile: nine of ten are below",
+        "sigma": "sigma",
+        "zclip": "zclip",
+    }
+    for clipping, label in labels.items():
+        watched = f"limits-{clipping}", "task=transformer", f"clipping={clipping}", "callbacks.gradclip.action=observe"
+        log = train(*watched)
+        if clipping == "norm_mid":
+            axis.plot(*curve(log, "gradclip/norm"), color="black", linewidth=0.8, label="norm of the gradient")
+        axis.plot(*curve(log, "gradclip/limit"), color=COLORS[clipping], linewidth=1.4, label=label)
+    axis.set_yscale("log")
+    axis.set_title("a transformer learns; one batch of a hundred is noise", fontsize=9)
+    axis.legend(frameon=False, fontsize=7, ncols=5, loc="upper center")
+    axis.margins(y=0.15)
+    finish(figure, path)
+
+
+def train(name: str, *overrides: str) -> list[dict[str, str]]:
+    """What was logged at each step."""
+    folder = LOGGED / name
+    log = ["seed=11", "logger=csv", "trainer.log_every_n_steps=1", f"hydra.run.dir={folder}"]
+    subprocess.run([sys.executable, str(STUDY), *overrides, *log], check=True, stdout=subprocess.DEVNULL)
+    with (folder / "csv" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(log: list[dict[str, str]], metric: str) -> Curve:
+    points = [(int(row["step"]) + 1, float(row[metric])) for row in log if row.get(metric)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def finish(figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
