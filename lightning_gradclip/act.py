@@ -111,7 +111,7 @@ class Actor:
             return self._drop(outcome, row, lambda _: reason + self._culprits(), step, scaled=False)
         params = self._selection.params
         write.zero_nonfinite_(params)
-        outcome = self._limiter.judge([parameter.grad for parameter in params], step)
+        outcome = self._limiter.judge(self._selection.gradients(settle=True), step)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             return self._drop(outcome, row._replace(finite=0.0), self._limiter.excess, step, scaled=False)
@@ -147,5 +147,8 @@ class Actor:
         return raise_it
 
     def _culprits(self) -> str:
-        gradients = [parameter.grad for parameter in self._selection.params]
-        return nonfinite.offenders(self._selection.names, gradients)
+        bad = [
+            gradient is not None and not nonfinite.is_finite(gradient)
+            for gradient in self._selection.gradients(settle=False)
+        ]
+        return nonfinite.offenders(self._selection.names, self._limiter.anywhere(bad))

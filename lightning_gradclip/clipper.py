@@ -3,11 +3,11 @@
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -33,8 +33,8 @@ class Clipper:
     """Clips the gradients of one optimizer and keeps statistics, in any training loop.
 
     Args:
-        named_parameters: Names and parameters, as from `model.named_parameters()`; the patterns are checked against
-            these names.
+        named_parameters: Names and parameters, as from `model.named_parameters()`, or the model itself, which a model
+            wrapped in FSDP has to be; the patterns are checked against these names.
         method: How to clip; None measures only. The clipper works on a copy of its own.
         optimizer: The optimizer whose parameters are served, groups added later included; None: every named
             parameter, as one group.
@@ -52,13 +52,14 @@ class Clipper:
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of range, or a pattern matches no parameter.
-        NotImplementedError: If a parameter is sharded over ranks.
+        ValueError: If an argument is out of range, a pattern matches no parameter, or FSDP has cut or joined
+            what the method wants to tell apart.
+        RuntimeError: If ranks that hold pieces of the same model serve different parameters.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
         method: ClipMethod | None,
         *,
         optimizer: Optimizer | None = None,
@@ -86,6 +87,8 @@ class Clipper:
         self._fold = _fold_for(optimizer) if fold else None
         self._steps = 0
         self._window = Window()
+        # Told of every recorded step, also of one that then raises.
+        self.listener: Callable[[StepStats], None] | None = None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
         self._select()
@@ -120,10 +123,15 @@ class Clipper:
                 folds = scaler is not None or self._fold.can_leave_out
                 self._limiter.on_host = self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
             scale = 1.0 if scaler is None else self._unscale(scaler)
-            gradients = [parameter.grad for parameter in self._selection.params]
-            if all(gradient is None for gradient in gradients):
+            gradients = self._selection.gradients(settle=self._policy.writes)
+            # Where ranks hold pieces, another rank may have gradients where this one has none.
+            if self._reducer is None and all(gradient is None for gradient in gradients):
                 return self._nothing()
             outcome = self._limiter.judge(gradients, self._steps, scale)
+            if outcome.nothing:
+                return self._nothing()
+            if scaler is not None and self._reducer is not None and self._policy.writes and self._optimizer is not None:
+                amp.agree(scaler, self._optimizer, outcome.finite)
             verdict = self._actor.act(outcome, self._steps, scaler)
             self._steps += 1
             stats = self._record(verdict)
@@ -214,8 +222,8 @@ class Clipper:
         self._seen = [tuple(group["params"]) for group in groups]
         self._selection: Selection = self._names.select(self._optimizer)
         self._actor.serve(self._selection)
-        reduce.require_whole(zip(self._selection.names, self._selection.params, strict=True))
-        self._limiter.serve(self._selection)
+        self._reducer = reduce.reducer_for(self._selection)
+        self._limiter.serve(self._selection, self._reducer)
 
     def _unscale(self, scaler: GradScaler) -> float | Tensor:
         """Unscale the gradients, or where nothing is to be written say what they are still multiplied by."""
@@ -224,17 +232,22 @@ class Clipper:
                 "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
                 "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
             )
-        if not self._policy.writes or self._fold is not None:
+        # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
+        folds = self._fold is not None and self._reducer is None
+        if not self._policy.writes or folds:
             return amp.pending_scale(scaler, self._optimizer)
-        amp.unscale_(scaler, self._optimizer)
+        amp.unscale_(scaler, self._optimizer, together=self._reducer is not None)
         return 1.0
 
     def _record(self, verdict: Verdict) -> StepStats:
-        outcome, row = verdict.outcome, verdict.row
+        outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
         self._window.add(row)
-        if self._limiter.measured is not None and outcome.measured is not None:
-            self._window.add_scopes(self._limiter.measured.names, outcome.measured)
-        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
+        if places is not None and outcome.measured is not None:
+            self._window.add_scopes(places.names, outcome.measured)
+        stats = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+        if self.listener is not None:
+            self.listener(stats)
+        return stats
 
     def _nothing(self) -> StepStats:
         sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip import pnorm, reduce, write
+from lightning_gradclip import pnorm, write
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.plan import SMALL
+from lightning_gradclip.reduce import Reduced, Reducer
 from lightning_gradclip.rows import BLOCK
 from lightning_gradclip.select import Selection
 from lightning_gradclip.stats import Row, pack_elements
@@ -42,8 +43,8 @@ class Clamping(Outcome):
 class ElementLimiter(Limiter):
     """Runs a method over single entries. The one size is the joint norm, the one limit the upper bound."""
 
-    def serve(self, selection: Selection) -> None:
-        super().serve(selection)
+    def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
+        super().serve(selection, reducer)
         for name, parameter in zip(selection.names, selection.params, strict=True):
             if parameter.is_complex():
                 raise TypeError(
@@ -64,56 +65,75 @@ class ElementLimiter(Limiter):
         return f"{share} of the entries lie outside [{outcome.low:g}, {outcome.high:g}]"
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
-        norms = reduce.global_sizes(local_norms) / scale
-        joint = pnorm.joint_norm(norms, self._method.norm_type)
         low, high = self._method.bounds(step)
-        measured = self._measured_norms(gradients, norms)
-        if norms.device.type == "cpu":
+        device = local_norms.device if self._reducer is None else self._reducer.device
+        if device.type == "cpu":
             scale = float(scale)
-            least, most = low * scale, high * scale
             # Not written is what has no entry outside.
-            touched = tuple(_outside(gradients, local_norms.tolist(), least, most))
-            changed, norm = float(bool(touched)), joint.item()
-            share, after = changed and math.nan, math.nan
-            if self.detailed:
-                share, after = (one.item() for one in self._details(gradients, touched, norms, least, most, scale))
-            row = Row(norm, after, high, math.nan, share, float(math.isfinite(norm)), 0.0, changed, 0.0)
-            return Clamping(norm, high, None, row, measured, low, high, touched)
-        touched = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
-        share, after = self._details(gradients, touched, norms, low * scale, high * scale, scale)
-        row = self._on_host_if_asked(pack_elements(joint, after, high, share, detailed=self.detailed))
+            touched = tuple(_outside(gradients, local_norms.tolist(), low * scale, high * scale))
+        else:
+            touched = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        looked = self._looked(gradients, touched, local_norms, low * scale, high * scale)
+        known = self._reduced(gradients, looked.norms, [looked.counts])
+        norms = known.norms[0] / scale
+        joint = pnorm.joint_norm(norms, self._method.norm_type)
+        after = pnorm.joint_norm(known.norms[1] / scale, self._method.norm_type) if self.detailed else joint * math.nan
+        outside = known.totals[0]
+        if self.detailed:
+            outside = outside / self._entries(gradients, known, norms)
+        measured = self._measured_norms(gradients, known, norms)
+        if device.type == "cpu":
+            row = _row(joint.item(), after.item(), high, outside.item(), detailed=self.detailed)
+            return Clamping(row.norm, high, None, row, measured, known.nothing, low, high, touched)
+        row = self._on_host_if_asked(pack_elements(joint, after, high, outside, detailed=self.detailed))
         limits = self._method.limit(joint.view(1), None, step)
-        return Clamping(joint.view(1), limits, None, row, measured, low, high, touched)
+        return Clamping(joint.view(1), limits, None, row, measured, known.nothing, low, high, touched)
 
-    def _details(
+    def _looked(
         self,
         gradients: Gradients,
         touched: Sequence[int],
         norms: Tensor,
         low: float | Tensor,
         high: float | Tensor,
-        scale: float | Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The share of the entries outside the bounds and the joint norm when they are clamped, both 0-d.
-
-        On devices without `detailed` the share is 1 where there are any, and the norm the joint one.
-        """
-        p = self._method.norm_type
-        joint = pnorm.joint_norm(norms, p)
-        values = [pnorm.dense_values(one) for i in touched if (one := gradients[i]) is not None]
-        if not values:
-            return torch.zeros_like(joint), joint
-        if not self.detailed:
-            found = [_count_outside(one, *_stored(one.dtype, low, high)).any() for one in values]
-            return torch.stack(found).any().to(norms), joint
-        counts, after = zip(*(_compared(one, low, high, p) for one in values), strict=True)
+    ) -> "_Looked":
+        """What this rank finds outside the bounds in the gradients at the places `touched`."""
         places = pnorm.integers_on(tuple(touched), norms.device)
-        clamped = torch.stack([norm.to(norms) for norm in after]) / scale
-        total = max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
-        return (
-            torch.stack([count.to(norms) for count in counts]).sum() / total,
-            pnorm.joint_norm(norms.index_copy(0, places, clamped), p),
-        )
+        values = [pnorm.dense_values(one) for i in touched if (one := gradients[i]) is not None]
+        counts = torch.zeros_like(norms)
+        if self.detailed and values:
+            found, after = zip(*(_compared(one, low, high, self._method.norm_type) for one in values), strict=True)
+            clamped = norms.index_copy(0, places, torch.stack([norm.to(norms) for norm in after]))
+            counts.index_copy_(0, places, torch.stack([one.to(norms) for one in found]))
+            return _Looked([norms, clamped], counts)
+        if norms.device.type == "cpu":
+            counts.index_fill_(0, places, 1.0)
+        elif values:
+            flags = [_count_outside(one, *_stored(one.dtype, low, high)).any() for one in values]
+            counts.index_copy_(0, places, torch.stack(flags).to(norms))
+        return _Looked([norms, norms] if self.detailed else [norms], counts)
+
+    def _entries(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor | int:
+        """The number of entries of all gradients over all ranks, at least 1."""
+        if known.present is None:
+            return max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
+        return (self._counts(norms) * (known.present > 0)).sum().clamp_min(1.0)
+
+
+class _Looked(NamedTuple):
+    """Norms of the gradients, and when clamped where that is asked for, `(P,)` each, and entries outside, `(P,)`.
+
+    Where it is not, a count of 1 means that there are some.
+    """
+
+    norms: list[Tensor]
+    counts: Tensor
+
+
+def _row(norm: float, after: float, high: float, outside: float, *, detailed: bool) -> Row:
+    changed = float(outside > 0)
+    share = outside if detailed else changed and math.nan
+    return Row(norm, after, high, math.nan, share, float(math.isfinite(norm)), 0.0, changed, 0.0)
 
 
 def _outside(gradients: Gradients, norms: Sequence[float], low: float, high: float) -> Iterator[int]:

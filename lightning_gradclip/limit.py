@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradclip import learned, measure, pnorm, reduce, write
+from lightning_gradclip import layout, learned, measure, pnorm, write
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.reduce import Reduced, Reducer
 from lightning_gradclip.scopes import Scopes, Units
 from lightning_gradclip.select import Selection
 from lightning_gradclip.stats import Row, pack, untouched
@@ -29,6 +30,7 @@ class Outcome:
             None: all are 1.
         row: The packed row of a step that goes ahead; on the host where the host decides.
         measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
+        nothing: Whether this rank has no gradient, and no other rank has.
     """
 
     sizes: Any
@@ -36,6 +38,12 @@ class Outcome:
     coefs: Tensor | float | None
     row: Tensor | Row
     measured: Tensor | None
+    nothing: bool
+
+    @property
+    def finite(self) -> float | Tensor:
+        """Whether all gradients are finite, 1 or 0, where the row is."""
+        return self.row.finite if isinstance(self.row, Row) else self.row[Row._fields.index("finite")]
 
 
 class Limiter:
@@ -62,11 +70,18 @@ class Limiter:
         self._rows_of: tuple[str, ...] = ()
         self._strict = False
         self._arranged: Scopes | Units | None = None
+        self._reducer: Reducer | None = None
         self.detailed = True
 
-    def serve(self, selection: Selection) -> None:
-        """Take over the parameters of this selection; learned values follow their scopes' names."""
+    def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
+        """Take over the parameters of this selection; learned values follow their scopes' names.
+
+        Args:
+            selection: The parameters.
+            reducer: Joins what the ranks know of them, where ranks hold pieces.
+        """
         self._params = selection.params
+        self._reducer = reducer
         self.scopes: Scopes | Units = self._scopes_of(selection)
         self.measured = selection.scopes(self._measure_per) if self._measure_per else None
 
@@ -74,7 +89,7 @@ class Limiter:
         """Measure, reduce and limit; once more in wide arithmetic when the fast sum left its range.
 
         Args:
-            gradients: Gradient of each selected parameter, None where absent.
+            gradients: What this rank holds of the gradient of each selected parameter, None where absent.
             step: Steps taken before this one.
             scale: What the gradients are still multiplied by.
         """
@@ -84,6 +99,10 @@ class Limiter:
         if on_device and isinstance(row, Row) and pnorm.is_suspect(row.norm, self._method.norm_type):
             outcome = self._outcome(gradients, self._norms(gradients, exact=True), step, scale)
         return outcome
+
+    def anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
+        """For each parameter whether the flag is up on some rank; all ranks ask together."""
+        return flags if self._reducer is None else self._reducer.anywhere(flags)
 
     def write(self, outcome: Outcome) -> None:
         """Scale the gradients as the coefficients say."""
@@ -129,65 +148,88 @@ class Limiter:
 
     def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
         method, p = self._method, self._method.norm_type
-        sizes_of = reduce.global_sizes(local_norms)
+        known = self._reduced(gradients, [local_norms, self._weights()] if method.needs_weight else [local_norms])
+        sizes_of = known.norms[0]
         if isinstance(scale, Tensor) or scale != 1.0:
             sizes_of = sizes_of / scale
         scope_norms = self._scope_norms(sizes_of)
         sizes = scope_norms
         if method.statistic == "rms":
-            sizes = scope_norms / self._root_counts(gradients, sizes_of)
+            sizes = scope_norms / self._root_counts(gradients, known, sizes_of)
         if self._adaptive:
             self._arrange(sizes)
-        weights = self._weights() if method.needs_weight else None
+        weights = self._scope_norms(known.norms[1]) if method.needs_weight else None
         limits = method.limit(sizes, weights, step)
         if self._adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
             limits = torch.where(limits > 0, limits, math.inf)
-        measured = self._measured_norms(gradients, sizes_of)
+        measured = self._measured_norms(gradients, known, sizes_of)
         joint = pnorm.joint_norm(sizes_of, p) if len(sizes) != 1 else scope_norms[0]
         on_cpu = sizes.device.type == "cpu"
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = on_cpu and not method.may_grow
         if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
-            return Outcome(sizes, limits, None, untouched(norm, limits), measured)
+            return Outcome(sizes, limits, None, untouched(norm, limits), measured, known.nothing)
         wide = pnorm.widest(sizes.device)
         coefs = torch.where(torch.isfinite(sizes), method.coef(sizes.to(wide), limits.to(wide)), 1.0)
         row = self._on_host_if_asked(pack(joint, scope_norms, sizes, limits, coefs, p))
-        return Outcome(sizes, limits, coefs, row, measured)
+        return Outcome(sizes, limits, coefs, row, measured, known.nothing)
 
     def _scopes_of(self, selection: Selection) -> Scopes | Units:
         self._scopes = selection.scopes(self._method.per)
         return self._scopes
 
-    def _norms(self, tensors: Gradients, *, exact: bool = False) -> Tensor:
-        """Local norms of what the scopes are made of: here, of whole parameters, `(P,)`."""
+    def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
+        """Local norms of what the scopes are made of: here, of parameters, `(P,)`."""
         if exact:
-            return measure.exact_norms(tensors, self._method.norm_type)
-        return (self._weighing if tensors is self._params else self._gradients).each(tensors)
+            return measure.exact_norms(gradients, self._method.norm_type)
+        return self._gradients.each(gradients)
+
+    def _weights(self) -> Tensor:
+        """The same of the weights, whether they have a gradient or not."""
+        return self._weighing.each(self._held())
+
+    def _held(self) -> Gradients:
+        """What this rank holds of the parameters."""
+        return self._params if self._reducer is None else [layout.local(one) for one in self._params]
+
+    def _reduced(self, gradients: Gradients, norms: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Reduced:
+        """Norms and numbers for each parameter over all ranks, from those on this one."""
+        if self._reducer is None:
+            return Reduced(tuple(norms), totals=tuple(one.sum() for one in counts))
+        present = [gradient is not None for gradient in gradients]
+        return self._reducer.reduce(norms, present, self._method.norm_type, counts)
 
     def _scope_norms(self, local: Tensor) -> Tensor:
         return pnorm.scope_norms(local, self._scopes, self._method.norm_type)
 
-    def _parameter_norms(self, local: Tensor) -> Tensor:
-        return local
+    def _parameter_norms(self, norms: Tensor) -> Tensor:
+        return norms
 
-    def _measured_norms(self, gradients: Gradients, local: Tensor) -> Tensor | None:
+    def _measured_norms(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor | None:
         if self.measured is None:
             return None
-        members = self.measured.members
-        absent = [scope for scope, ones in enumerate(members) if all(gradients[i] is None for i in ones)]
-        result = pnorm.scope_norms(self._parameter_norms(local), self.measured, self._method.norm_type)
-        return result.index_fill(0, pnorm.integers_on(tuple(absent), result.device), math.nan) if absent else result
+        result = pnorm.scope_norms(self._parameter_norms(norms), self.measured, self._method.norm_type)
+        present = self._present(gradients, known, result.device).to(result.dtype)
+        there = torch.zeros_like(result).index_add_(0, self.measured.index_on(result.device), present)
+        return result.where(there > 0, math.nan)
 
-    def _root_counts(self, gradients: Gradients, local: Tensor) -> Tensor:
+    def _root_counts(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
-        counts = [0 if gradient is None else gradient.numel() for gradient in gradients]
-        sums = tuple(max(1, sum(counts[i] for i in ones)) for ones in self._scopes.members)
-        return pnorm.integers_on(sums, local.device).to(local.dtype).sqrt()
+        counts = self._counts(norms) * self._present(gradients, known, norms.device)
+        sums = norms.new_zeros(self._scopes.count).index_add_(0, self._scopes.index_on(norms.device), counts)
+        return sums.clamp_min(1.0).sqrt()
 
-    def _weights(self) -> Tensor:
-        """The norm of the weights of each scope, `(S,)`, whether they have a gradient or not."""
-        return self._scope_norms(reduce.global_sizes(self._norms(self._params)))
+    def _counts(self, norms: Tensor) -> Tensor:
+        """The number of elements of each parameter over all ranks, `(P,)`."""
+        numels = tuple(map(Tensor.numel, self._params)) if self._reducer is None else self._reducer.numels
+        return pnorm.integers_on(numels, norms.device).to(norms.dtype)
+
+    def _present(self, gradients: Gradients, known: Reduced, device: torch.device) -> Tensor:
+        """For each parameter whether there is a gradient of it, `(P,)`."""
+        if known.present is not None:
+            return known.present > 0
+        return pnorm.integers_on(tuple(one is not None for one in gradients), device) > 0
 
     def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
         return Row(*row.cpu().tolist()) if self.on_host or row.device.type == "cpu" else row

@@ -11,10 +11,14 @@ from lightning_gradclip.pnorm import dense_values
 _NAMED = 5
 
 
-def offenders(names: Sequence[str], gradients: Sequence[Tensor | None]) -> str:
+def is_finite(gradient: Tensor) -> bool:
+    """Whether all entries are."""
+    return bool(torch.isfinite(dense_values(gradient)).all())
+
+
+def offenders(names: Sequence[str], flags: Sequence[bool]) -> str:
     """The first parameters whose gradient is not finite, as text."""
-    pairs = zip(names, gradients, strict=True)
-    bad = [name for name, one in pairs if one is not None and not torch.isfinite(dense_values(one)).all()]
+    bad = [name for name, one in zip(names, flags, strict=True) if one]
     listed = ", ".join(bad[:_NAMED])
     more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
     return f"{listed}{more}" if bad else "no parameter: every entry is finite and their norm overflows"

@@ -1,33 +1,139 @@
-"""Local sizes to global sizes: the only file that knows about ranks.
+"""Local sizes to global sizes: the only file in which ranks talk to each other.
 
-Under DDP gradients are averaged and bit-identical on all ranks before the clipper sees them, so nothing is
-communicated. Gradients that are cut into shards would give local norms that are silently wrong; they are refused.
+Where every rank holds whole gradients, as in one process and under DDP, which averages them before the clipper sees
+them, nothing is communicated. Where some are cut into pieces, each rank adds up the p-th powers of its pieces, and one
+all-reduce makes the norms of all, the same bits on every rank.
+
+Each parameter's sum counts by its share: a parameter cut into `pieces` different pieces on `world` ranks is there
+`world / pieces` times, so each sum counts `pieces / world`. That holds for any mix of whole parameters, meshes and FSDP
+groups, as long as all ranks of the run serve the same parameters in the same order, which is checked once.
 """
 
-from collections.abc import Iterable
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_gradclip import layout, pnorm
+from lightning_gradclip.layout import Layout
+from lightning_gradclip.select import Selection
 
-def require_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parameters of which this rank holds only a piece.
+# The p-th powers of float32 numbers, 1e-45 to 3e38, stay within float64 up to here.
+_MOST_SAFE_POWER = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What all ranks know together.
+
+    Attributes:
+        norms: Vectors of p-norms, as they were given.
+        present: For each parameter more than 0 if some rank has a gradient of it, `(P,)`; None: as on this rank.
+        totals: For each vector of numbers its sum over parameters and ranks.
+        nothing: Whether this rank has no gradient, and no other rank has.
+    """
+
+    norms: tuple[Tensor, ...]
+    present: Tensor | None = None
+    totals: tuple[Tensor, ...] = ()
+    nothing: bool = False
+
+
+class Reducer:
+    """Reduces the sizes of the same parameters at every step; made by all ranks at the same time.
+
+    Args:
+        names: The names of the parameters.
+        params: The parameters, some of which are cut.
+        layouts: How.
+
+    Attributes:
+        device: Where the parameters are.
+        numels: The number of entries of each parameter over all ranks.
 
     Raises:
-        NotImplementedError: If a parameter is a DTensor (FSDP2, tensor parallel) or flattened by FSDP.
+        RuntimeError: If the ranks serve different parameters.
     """
-    for name, parameter in named:
-        kind = _sharding(parameter)
-        if kind:
-            raise NotImplementedError(
-                f"parameter {name!r} is sharded by {kind}, and the norm of one rank's piece is not the norm of the "
-                "gradient; train with strategy='ddp', where every rank holds whole gradients"
-            )
+
+    def __init__(self, names: Sequence[str], params: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
+        self._world = dist.get_world_size()
+        self._shares = [one.pieces / self._world for one in layouts]
+        self._wide = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in params)
+        self.device = layout.local(params[0]).device
+        self._kept: dict[torch.device, Tensor] = {}
+        _require_same(names, self.device)
+        held = [layout.local(parameter).numel() for parameter in params]
+        held_here = torch.tensor(held, dtype=torch.float64, device="cpu") * self._shares_on(torch.device("cpu"))
+        self.numels = tuple(round(one) for one in _all_reduce(held_here.to(self.device)).tolist())
+
+    def reduce(
+        self,
+        norms: Sequence[Tensor],
+        present: Sequence[bool],
+        norm_type: float,
+        numbers: Sequence[Tensor] = (),
+        owner: Tensor | None = None,
+    ) -> Reduced:
+        """Global norms from local ones, in one collective.
+
+        Args:
+            norms: Vectors of p-norms of what this rank holds, `(P,)`, or `(U,)` with `owner`.
+            present: For each parameter whether this rank has a gradient of it.
+            norm_type: The p of the norms, in (0, inf].
+            numbers: Vectors of numbers, `(P,)`, to be added up; not beside inf-norms.
+            owner: The parameter that each norm belongs to, `(U,)`.
+        """
+        device = self.device
+        shares = self._shares_on(device)
+        joined = torch.cat([one.to(device, torch.float64) for one in norms])
+        share = (shares if owner is None else shares[owner]).repeat(len(norms))
+        there = pnorm.integers_on(tuple(map(int, present)), device).to(torch.float64)
+        others = torch.cat([there, *(one.to(device, torch.float64).mul(shares).sum().view(1) for one in numbers)])
+        if math.isinf(norm_type):
+            # MAX loses NaN on some backends.
+            together = torch.cat([joined.nan_to_num(nan=math.inf, posinf=math.inf), others])
+            found, others = _split(_all_reduce(together, dist.ReduceOp.MAX), len(joined))
+        elif self._wide or norm_type > _MOST_SAFE_POWER:
+            found, others = self._gathered(joined, share, others, norm_type)
+        else:
+            powers, others = _split(_all_reduce(torch.cat([joined.pow(norm_type) * share, others])), len(joined))
+            found = powers.pow(1.0 / norm_type)
+        there, totals = _split(others, len(there))
+        # A rank that has a gradient need not look.
+        nothing = not any(present) and not there.any().item()
+        # Back to the precision in which they were measured.
+        pieces = zip(found.chunk(len(norms)), norms, strict=True)
+        return Reduced(tuple(one.to(local.dtype) for one, local in pieces), there, totals.unbind(), nothing)
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is up on some rank, in one collective."""
+        found = torch.tensor(flags, dtype=torch.float64, device="cpu").to(self.device)
+        return [one > 0 for one in _all_reduce(found, dist.ReduceOp.MAX).tolist()]
+
+    def _gathered(self, norms: Tensor, share: Tensor, others: Tensor, norm_type: float) -> tuple[Tensor, Tensor]:
+        """The same where powers could leave the range of float64: every rank gets all norms and scales them."""
+        mine = torch.cat([norms, share, others])
+        per_rank = _all_gather(mine, self._world)
+        theirs, shares, rest = per_rank.split([len(norms), len(share), len(others)], dim=1)
+        largest = theirs.amax(dim=0)
+        scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+        return scale * ((theirs / scale).pow(norm_type) * shares).sum(dim=0).pow(1.0 / norm_type), rest.sum(dim=0)
+
+    def _shares_on(self, device: torch.device) -> Tensor:
+        if device not in self._kept:
+            self._kept[device] = torch.tensor(self._shares, dtype=torch.float64, device="cpu").to(device)
+        return self._kept[device]
 
 
-def global_sizes(sizes: Tensor) -> Tensor:
-    """Sizes over all ranks from the sizes on this rank: the same, since every gradient is whole."""
-    return sizes
+def reducer_for(selection: Selection) -> Reducer | None:
+    """A reducer where ranks hold pieces, else None."""
+    if not any(one.pieces > 1 for one in selection.layouts):
+        return None
+    return Reducer(selection.names, selection.params, selection.layouts)
 
 
 def is_first_rank() -> bool:
@@ -35,10 +141,38 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _sharding(parameter: Tensor) -> str | None:
-    # By name: importing torch.distributed.tensor costs half a second and most runs have no DTensor.
-    if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):
-        return "FSDP2 or tensor parallelism (DTensor)"
-    if getattr(parameter, "_fsdp_flattened", False):
-        return "FSDP"
-    return None
+def _require_same(names: Sequence[str], device: torch.device) -> None:
+    """Refuse to go on where the ranks would add up norms of different parameters."""
+    mine = torch.tensor([len(names), zlib.crc32("\n".join(names).encode())], dtype=torch.float64, device="cpu")
+    everyone = _all_gather(mine.to(device), dist.get_world_size()).tolist()
+    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"rank {other} serves {everyone[other][0]:.0f} parameters and rank 0 {everyone[0][0]:.0f} with other names "
+            "or in another order, so their norms cannot be added up; give the optimizer the same parameters, in the "
+            "same order, on every rank"
+        )
+
+
+def _all_reduce(vector: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    carried = vector.to(_carrier(vector.device))
+    dist.all_reduce(carried, op=op)
+    return carried.to(vector.device)
+
+
+def _all_gather(vector: Tensor, world: int) -> Tensor:
+    """The vectors of all ranks, `(world, N)`."""
+    carried = vector.to(_carrier(vector.device))
+    found = [torch.empty_like(carried) for _ in range(world)]
+    dist.all_gather(found, carried)
+    return torch.stack(found).to(vector.device)
+
+
+def _carrier(device: torch.device) -> torch.device:
+    """The device whose tensors the ranks can exchange: NCCL knows no CPU tensors, which offloaded gradients are."""
+    kinds = [one.partition(":")[0] for one in str(dist.get_backend_config()).split(",")]
+    return device if device.type in kinds else torch.device(kinds[-1])
+
+
+def _split(together: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    return together[:first], together[first:]

@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gradclip import layout
+from lightning_gradclip.layout import Layout
 from lightning_gradclip.scopes import Scopes, Units
 
 # Names that torch.compile, FSDP, activation checkpointing and Fabric insert into a module's parameter names.
@@ -25,15 +28,45 @@ class Selection:
         names: Their names, wrapper prefixes stripped; "group0.3" for parameters outside the module.
         groups: For each of them the name of its parameter group.
         owned: All parameters of the optimizer, selected or not.
+        layouts: For each of them how it is laid out over the ranks.
     """
 
     params: tuple[Tensor, ...]
     names: tuple[str, ...]
     groups: tuple[str, ...]
     owned: tuple[Tensor, ...]
+    layouts: tuple[Layout, ...]
+
+    def gradients(self, *, settle: bool) -> list[Tensor | None]:
+        """What this rank holds of the gradient of each parameter, None where absent.
+
+        Gradients that are still to be added up over ranks are added up, and with `settle` they stay so.
+        """
+        if self._plain:
+            return [parameter.grad for parameter in self.params]
+        found: list[Tensor | None] = []
+        for parameter in self.params:
+            gradient = parameter.grad
+            if gradient is not None:
+                settled = layout.settled(gradient, parameter)
+                if settle and settled is not gradient:
+                    parameter.grad = settled
+                gradient = layout.local(settled)
+            found.append(gradient)
+        return found
+
+    @cached_property
+    def _plain(self) -> bool:
+        return not any(one.distributed for one in self.layouts)
 
     def scopes(self, per: str) -> Scopes:
-        """The scopes of one kind; they do not depend on which gradients are present."""
+        """The scopes of one kind; they do not depend on which gradients are present.
+
+        Raises:
+            ValueError: If FSDP has joined parameters that belong to different scopes.
+        """
+        if per in ("layer", "parameter"):
+            self._require_apart(per)
         if per in ("model", "element"):
             return Scopes(("model",), (0,) * len(self.params))
         if per == "group":
@@ -43,8 +76,27 @@ class Selection:
         return Scopes.of(self.names)
 
     def units(self) -> Units:
-        """The output units of all parameters."""
+        """The output units of all parameters.
+
+        Raises:
+            ValueError: If FSDP has cut through them.
+        """
+        cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
+        if cut is not None:
+            raise ValueError(
+                f"FSDP has cut parameter {cut!r} without regard to its rows, so that no rank can measure its output "
+                "units; shard with FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning "
+                "ModelParallelStrategy), or use per='parameter'"
+            )
         return Units.of(self.names, self.params)
+
+    def _require_apart(self, per: str) -> None:
+        joined = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.joined), None)
+        if joined is not None:
+            raise ValueError(
+                f"FSDP has joined several parameters into {joined!r}, so that there is nothing to tell each {per} by; "
+                "wrap with use_orig_params=True, or use per='model' or 'group'"
+            )
 
 
 class Names:
@@ -52,12 +104,15 @@ class Names:
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> None:
         # The tensors are kept so that their identities stay theirs.
         self._tensors: dict[int, Tensor] = {}
+        self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
+        if isinstance(named_parameters, nn.Module):
+            named_parameters = named_parameters.named_parameters()
         raw: dict[int, str] = {}
         for name, parameter in _pairs(named_parameters):
             if id(parameter) not in raw:
@@ -89,7 +144,8 @@ class Names:
                 "include='*' and exclude=[] admit all"
             )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
-        return Selection(params, names, of_group, tuple(owned.values()))
+        layouts = layout.layouts(dict(zip(names, params, strict=True)), self._module)
+        return Selection(params, names, of_group, tuple(owned.values()), layouts)
 
     def _admits(self, *names: str) -> bool:
         return _matches(names, self._include) and not _matches(names, self._exclude)

@@ -17,6 +17,7 @@ from lightning_gradclip.limit import Gradients, Limiter, Outcome
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.pnorm import joint_norm
+from lightning_gradclip.reduce import Reduced
 from lightning_gradclip.stats import Row
 
 
@@ -31,21 +32,19 @@ class SingleLimiter(Limiter):
         self._in_floats = False
 
     def judge(self, gradients: Gradients, step: int, scale: float | Tensor = 1.0) -> Outcome:
-        norms = None
-        if self.measured is None:
-            norm = self._meter.joint(gradients)
-        else:
-            norms = self._meter.each_on_host(gradients)
-            norm = None if norms is None else joint_norm(norms, self._method.norm_type).item()
+        norm, known = self._norm(gradients)
         if norm is None:
             self._turn(in_floats=False)
             return super().judge(gradients, step, scale)
         if scale != 1.0:
             scale = float(scale)
             # A GradScaler that never finds a finite step ends at 0.
-            norm, norms = divide(norm, scale), None if norms is None else norms / scale
+            norm = divide(norm, scale)
         self._turn(in_floats=True)
-        return self._limited(gradients, norm, norms, step)
+        measured = None if known is None else self._measured_norms(gradients, known, known.norms[0] / scale)
+        outcome = self._limited(gradients, known, norm, step)
+        outcome.measured, outcome.nothing = measured, known is not None and known.nothing
+        return outcome
 
     def write(self, outcome: Outcome) -> None:
         if isinstance(outcome.coefs, float):
@@ -64,11 +63,23 @@ class SingleLimiter(Limiter):
         elif whole and self._adaptive and outcome.sizes > 0:
             self._rule.update(outcome.sizes, outcome.limits, True)
 
-    def _limited(self, gradients: Gradients, norm: float, norms: Tensor | None, step: int) -> Outcome:
+    def _norm(self, gradients: Gradients) -> tuple[float | None, Reduced | None]:
+        """The joint norm, None unless on CPU, and where those of the parameters are wanted too, what is known."""
+        if self._reducer is None and self.measured is None:
+            return self._meter.joint(gradients), None
+        # Whether a rank goes this way must not depend on the gradients that it happens to have.
+        on_cpu = self._reducer is None or self._reducer.device.type == "cpu"
+        norms = self._meter.each_on_host(gradients) if on_cpu else None
+        if norms is None:
+            return None, None
+        known = self._reduced(gradients, [norms])
+        return joint_norm(known.norms[0], self._method.norm_type).item(), known
+
+    def _limited(self, gradients: Gradients, known: Reduced | None, norm: float, step: int) -> Outcome:
         method = self._rule
         size = norm
         if method.statistic == "rms":
-            size = norm / math.sqrt(max(1, self._meter.count(gradients)))
+            size = norm / self._root_count(gradients, known)
         if self._adaptive and self._arranged is not self.scopes:
             self._arrange(torch.zeros(1, dtype=torch.float64, device="cpu"))
             method.to_floats()
@@ -78,9 +89,13 @@ class SingleLimiter(Limiter):
         finite = math.isfinite(norm)
         over = finite and size > limit
         coef = method.coef(size, limit) if over or (finite and method.may_grow) else 1.0
-        measured = None if norms is None else self._measured_norms(gradients, norms)
         row = Row(norm, norm * coef, limit, coef, float(over), float(finite), 0.0, float(coef != 1.0), 0.0)
-        return Outcome(size, limit, coef if coef != 1.0 else None, row, measured)
+        return Outcome(size, limit, coef if coef != 1.0 else None, row, None, nothing=False)
+
+    def _root_count(self, gradients: Gradients, known: Reduced | None) -> float:
+        if known is None:
+            return math.sqrt(max(1, self._meter.count(gradients)))
+        return self._root_counts(gradients, known, known.norms[0]).item()
 
     def _turn(self, *, in_floats: bool) -> None:
         """Have the learned values put in order anew when the gradients have moved to or from the host."""

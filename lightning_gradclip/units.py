@@ -1,9 +1,13 @@
 """Output units as scopes: a limit for each slice of a weight along dim 0."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from lightning_gradclip import pnorm, write
+from lightning_gradclip import layout, pnorm, write
 from lightning_gradclip.limit import Gradients, Limiter, Outcome
+from lightning_gradclip.reduce import Reduced, Reducer
 from lightning_gradclip.scopes import Units
 from lightning_gradclip.select import Selection
 from lightning_gradclip.unit_norms import UnitMeter
@@ -15,41 +19,65 @@ class UnitLimiter(Limiter):
     def write(self, outcome: Outcome) -> None:
         """Scale the units as the coefficients say; parameters of which no unit is over its limit are not written."""
         coefs = outcome.coefs
-        if not isinstance(coefs, Tensor):
-            return
-        touched = range(len(self._params))
-        if coefs.device.type == "cpu":
-            touched = self._units.index_on(coefs.device)[coefs != 1].unique_consecutive().tolist()
-        starts, sliced = self._units.starts, self._units.sliced
-        whole = [i for i in touched if not sliced[i]]
-        factors = coefs[pnorm.integers_on(tuple(starts[i] for i in whole), coefs.device)]
-        write.scale_([self._params[i] for i in whole], factors.unbind())
-        for i in touched:
-            if sliced[i]:
-                write.scale_units_(self._params[i], coefs[starts[i] : starts[i + 1]])
+        if isinstance(coefs, Tensor):
+            held = coefs if self._reducer is None else coefs[self._places]
+            write.scale_units_(self._params, self._held_units.rows, held)
+
+    def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
+        super().serve(selection, reducer)
+        self._held_units = self._units
+        if reducer is not None:
+            held = [layout.local(parameter) for parameter in selection.params]
+            self._held_units = Units.of(selection.names, held)
+            self._places = _places(self._units, reducer.device)
+        p = self._method.norm_type
+        self._of_gradients, self._of_weights = UnitMeter(self._held_units, p), UnitMeter(self._held_units, p)
 
     def _scopes_of(self, selection: Selection) -> Units:
         self._units = selection.units()
-        p = self._method.norm_type
-        self._unit_meters = UnitMeter(self._units, p), UnitMeter(self._units, p)
         return self._units
 
-    def _norms(self, tensors: Gradients, *, exact: bool = False) -> Tensor:
-        of_gradients, of_weights = self._unit_meters
-        meter = of_weights if tensors is self._params else of_gradients
-        return meter.exact(tensors) if exact else meter.norms(tensors)
+    def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
+        return self._of_gradients.exact(gradients) if exact else self._of_gradients.norms(gradients)
+
+    def _weights(self) -> Tensor:
+        return self._of_weights.norms(self._held())
+
+    def _reduced(self, gradients: Gradients, norms: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Reduced:
+        if self._reducer is None:
+            return Reduced(tuple(norms))
+        present = [gradient is not None for gradient in gradients]
+        # Each rank puts what it holds of the units in their places among all units.
+        spread = [
+            torch.zeros(self._units.count, dtype=one.dtype, device=self._reducer.device).index_copy_(
+                0, self._places, one.to(self._reducer.device)
+            )
+            for one in norms
+        ]
+        owner = self._units.index_on(self._reducer.device)
+        return self._reducer.reduce(spread, present, self._method.norm_type, counts, owner)
 
     def _scope_norms(self, local: Tensor) -> Tensor:
         return local
 
-    def _root_counts(self, gradients: Gradients, local: Tensor) -> Tensor:
+    def _root_counts(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor:
         counts = tuple(
             max(1, one.numel() // max(1, rows)) for one, rows in zip(self._params, self._units.rows, strict=True)
         )
-        index = self._units.index_on(local.device)
-        return pnorm.integers_on(counts, local.device)[index].to(local.dtype).sqrt()
+        index = self._units.index_on(norms.device)
+        return pnorm.integers_on(counts, norms.device)[index].to(norms.dtype).sqrt()
 
-    def _parameter_norms(self, local: Tensor) -> Tensor:
-        wide = local.to(pnorm.widest(local.device))
-        index = self._units.index_on(local.device)
+    def _parameter_norms(self, norms: Tensor) -> Tensor:
+        wide = norms.to(pnorm.widest(norms.device))
+        index = self._units.index_on(norms.device)
         return pnorm.grouped_norms(wide, index, len(self._params), self._method.norm_type)
+
+
+def _places(units: Units, device: torch.device) -> Tensor:
+    """Of the units that this rank holds a part of, the index among all units."""
+    pieces: list[Tensor] = []
+    for parameter, start, count in zip(units.params, units.starts, units.rows, strict=False):
+        rows = layout.rows(parameter)
+        held = torch.arange(count, device=device) if rows is None else rows.to(device)
+        pieces.append(held + start)
+    return torch.cat(pieces)

@@ -514,9 +514,14 @@ class TestSelectionInMidRun:
 
     def test_parameters_without_names_are_refused_with_the_way_out(self) -> None:
         layer = torch.nn.Linear(3, 3)
-        for wrong in (layer.parameters(), layer):
-            with pytest.raises(TypeError, match=r"model\.named_parameters\(\)"):
-                Clipper(wrong, NormClip())
+        with pytest.raises(TypeError, match=r"model\.named_parameters\(\)"):
+            Clipper(layer.parameters(), NormClip())
+
+    def test_a_module_stands_for_its_named_parameters(self) -> None:
+        layer = torch.nn.Linear(3, 3)
+        layer(torch.ones(2, 3)).sum().backward()
+        by_module, by_names = (Clipper(one, None).step() for one in (layer, layer.named_parameters()))
+        assert by_module.norm.item() == by_names.norm.item() > 0
 
     def test_a_clipper_that_follows_another_starts_fresh_where_nothing_is_known(self) -> None:
         first, second = (torch.nn.Linear(2, 1, bias=False) for _ in range(2))

@@ -15,7 +15,7 @@ from work import Work
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, QuantileClip, ValueClip
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.plan import SMALL
-from lightning_gradclip.rows import BLOCK, ROW
+from lightning_gradclip.rows import BLOCK, ROW, row_of
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -129,6 +129,17 @@ class TestSizes:
     @pytest.mark.parametrize("count", [ROW - 1, ROW, ROW + 1, SMALL - 1, SMALL, BLOCK - 1, BLOCK, BLOCK + 1])
     def test_norms_around_each_threshold(self, count: int, dtype: torch.dtype, p: float) -> None:
         agree(Meter(p), [drawn(count, dtype=dtype)], p)
+
+    @pytest.mark.parametrize(
+        ("count", "row"),
+        [(2**20, 512), (768 * 768, 512), (50_257 * 768, 464), (100_000, 400), (3 * 5**7, 375), (99_991, 512)],
+    )
+    def test_rows_leave_nothing_over_where_that_is_possible(self, count: int, row: int) -> None:
+        assert row_of(count) == row
+        assert (count % row == 0) == (count != 99_991)
+        with Work() as work:
+            Meter(2.0).joint([drawn(count)])
+        assert work.operations.count("aten::linalg_vector_norm") == 2 + (count == 99_991)
 
     @pytest.mark.parametrize("count", [2**20 - 1, 2**20, 2**20 + 1])
     def test_large_bfloat16_is_as_exact_as_documented(self, count: int) -> None:
