@@ -34,7 +34,7 @@ def main() -> None:
 def explosion(path: Path) -> None:
     """What happens to a recurrent network at a learning rate that is too high, with and without clipping."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    labels = {"none": "not clipped", "zclip": "zclip, which watches 25 steps first", "norm_mid": "clipped by norm"}
+    labels = {"none": "not clipped", "zclip": "zclip, which watches 25 steps first", "norm_low": "clipped by norm"}
     for clipping, label in labels.items():
         # Without a method the callback measures and changes nothing.
         measured = ["callbacks/gradclip=monitor"] if clipping == "none" else []
@@ -46,6 +46,8 @@ def explosion(path: Path) -> None:
     right.axhline(3.25, color="lightgray", linewidth=1, zorder=0)
     for axis in (left, right):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     left.legend(frameon=False, fontsize=7)
     finish(figure, path)
 
@@ -64,8 +66,13 @@ def limits(path: Path) -> None:
         log = train(*watched)
         if clipping == "norm_mid":
             axis.plot(*curve(log, "gradclip/norm"), color="black", linewidth=0.8, label="norm of the gradient")
-        axis.plot(*curve(log, "gradclip/limit"), color=COLORS[clipping], linewidth=1.4, label=label)
+        # ZClip has a limit for spikes alone: what they are cut to.
+        style = "v" if clipping == "zclip" else "-"
+        axis.plot(
+            *curve(log, "gradclip/limit"), style, color=COLORS[clipping], linewidth=1.4, markersize=5, label=label
+        )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title("a transformer learns; one batch of a hundred is noise", fontsize=9)
     axis.legend(frameon=False, fontsize=7, ncols=5, loc="upper center")
     axis.margins(y=0.15)

@@ -17,7 +17,9 @@ from recorder import Recorder
 from lightning_gradclip import GradientClipping
 
 NAME = "row.json"
-# What decides where a run writes, not what it computes, and what says so a second time once references are resolved.
+# Of a callback that clips, what has a say in the numbers; the rest decides what is told of them.
+_DECIDES = ("_target_", "method", "action", "nonfinite", "max_consecutive_skips", "include", "exclude", "optimizer")
+# What says for a second time what the references to it have been resolved to, and where a run is logged.
 _ASIDE = ("rates", "limits", "last_layer", "logger")
 
 
@@ -40,6 +42,8 @@ def fingerprint(config: DictConfig) -> str:
     settings.trainer.default_root_dir = None
     resolved = OmegaConf.to_container(settings, resolve=True)
     told = {key: value for key, value in resolved.items() if key not in _ASIDE}
+    clipping = {name: node for name, node in told["callbacks"].items() if name != "recorder"}
+    told["callbacks"] = {name: {key: node[key] for key in _DECIDES if key in node} for name, node in clipping.items()}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
