@@ -9,14 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import study  # puts the modules of the examples within reach
 from figures import save
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from matplotlib import pyplot
 
-STUDY = Path(__file__).with_name("study.py")
+STUDY = Path(study.__file__)
 DOCS = Path(__file__).parents[2] / "docs"
 LOGGED = Path("outputs/study-pictures")
+SEED = 11
 COLORS = {
     "none": "tab:red",
+    "norm_low": "tab:blue",
     "norm_mid": "tab:blue",
     "zclip": "tab:orange",
     "quantile": "tab:green",
@@ -71,18 +77,29 @@ def limits(path: Path) -> None:
         axis.plot(
             *curve(log, "gradclip/limit"), style, color=COLORS[clipping], linewidth=1.4, markersize=5, label=label
         )
+    for step in noisy_steps():
+        axis.axvspan(step - 1, step + 1, color="gold", alpha=0.5, zorder=0, linewidth=0)
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_title("a transformer learns; one batch of a hundred is noise", fontsize=9)
+    axis.set_title("a transformer learns; in the yellow steps its batch is noise", fontsize=9)
     axis.legend(frameon=False, fontsize=7, ncols=5, loc="upper center")
     axis.margins(y=0.15)
     finish(figure, path)
 
 
+def noisy_steps() -> list[int]:
+    """The steps of these runs, from 1, whose batch is noise."""
+    with initialize_config_dir(str(STUDY.parent / "conf"), version_base="1.3"):
+        config = compose("study", ["task=transformer", f"seed={SEED}"])
+    data = instantiate(config.data)
+    batches = (data.draw(np.random.default_rng([SEED, number])) for number in range(config.trainer.max_steps))
+    return [step for step, starts in enumerate(batches, 1) if starts[0] < 0]
+
+
 def train(name: str, *overrides: str) -> list[dict[str, str]]:
     """What was logged at each step."""
     folder = LOGGED / name
-    log = ["seed=11", "logger=csv", "trainer.log_every_n_steps=1", f"hydra.run.dir={folder}"]
+    log = [f"seed={SEED}", "logger=csv", "trainer.log_every_n_steps=1", f"hydra.run.dir={folder}"]
     subprocess.run([sys.executable, str(STUDY), *overrides, *log], check=True, stdout=subprocess.DEVNULL)
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
