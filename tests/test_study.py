@@ -158,6 +158,9 @@ def test_spikes_stand_out_from_the_norms_before() -> None:
         before = norms[max(0, place - 50) : place]
         expected += not norms[place] <= 5 * np.median(before[np.isfinite(before)])
     assert count_spikes(norms.tolist()) == expected > 10
+    # Exactly 50 are looked back at: their median is 5.5, and would be 10 without the first.
+    level = [1.0] * 25 + [10.0] * 25
+    assert count_spikes([*level, 40.0]) == count_spikes([*level, 20.0]) + 1
     assert count_spikes([1.0] * 9 + [1e9]) == 0
     assert count_spikes([1.0] * 10 + [5.01, 4.99, math.nan]) == 2
 
