@@ -3,26 +3,22 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, progress
+from lightning_gradclip import amp, checks, conflicts, delegated, progress, strategy
 from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.delegated import Delegated
+from lightning_gradclip.framework import Callback, LightningModule, Trainer
 from lightning_gradclip.history_place import history_opening
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
 from lightning_gradclip.publisher import Publisher
 from lightning_gradclip.recorder import Recorder
-
-# DeepSpeed's engine keeps its gradients to itself, and XLA's precision plugins average them after the hook.
-# By name, so that those of the package pytorch_lightning are known too.
-_UNSUPPORTED = {"DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -116,7 +112,8 @@ class GradientClipping(KnownArguments, Callback):
             "measure_per": measure_per,
             "fold": fold,
         }
-        self._clippers: dict[int, Clipper] = {}
+        self._clippers: dict[int, Clipper | Delegated] = {}
+        self._delegated: Delegated | None = None
         self._saved: dict[int, Any] = {}
         self._saved_norms: dict[int, Any] = {}
         self._publisher = Publisher(name, every=log_every_n_steps, prog_bar=prog_bar)
@@ -133,11 +130,19 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._refuse_conflicts(trainer)
+        measure_per, writes = self._options["measure_per"], self._policy.writes
+        conflicts.refuse(trainer, pl_module, self, measure_per=measure_per, writes=writes)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._clippers, self._saved, self._saved_norms = {}, {}, {}
         self._saw_step, self._batches = False, 0
         self._recorder = Recorder(None, histograms=False)
+        if delegated.is_delegated(trainer):
+            self._delegated = Delegated(trainer, self.method, self._options)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._delegated is not None:
+            self._delegated.take_back()
+            self._delegated = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
@@ -157,6 +162,9 @@ class GradientClipping(KnownArguments, Callback):
         self._recorder = Recorder(opening, histograms=self.histograms and trainer.is_global_zero)
         self._recorder.load_state_dict(self._saved_norms)
         self._saved_norms = {}
+        if self._delegated is not None:
+            self._delegated.start()
+            self._take_up(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
@@ -168,9 +176,11 @@ class GradientClipping(KnownArguments, Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._saw_step = True
+        if self._delegated is not None:
+            return
         index = progress.position(trainer, optimizer)
         if index is None:
-            self._refuse_stranger(optimizer)
+            conflicts.refuse_stranger(optimizer, writes=self._policy.writes)
             return
         if self.optimizer is not None and index != self.optimizer:
             return
@@ -179,8 +189,9 @@ class GradientClipping(KnownArguments, Callback):
             # training_step returned None: under a scaler Lightning neither unscales nor steps.
             return
         clipper = self._clippers.get(index)
-        if clipper is None or clipper.optimizer is not optimizer:
-            clipper = self._clippers[index] = self._clipper(trainer, pl_module, optimizer, index)
+        if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
+            clipper = self._clipper(trainer, pl_module, optimizer, clipper)
+            self._take_up(clipper, index)
         self._last_batch = progress.batches(trainer)
         clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
             trainer, with_next_step=True
@@ -190,6 +201,8 @@ class GradientClipping(KnownArguments, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._delegated is not None:
+            self._delegated.record()
         if progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
@@ -235,46 +248,23 @@ class GradientClipping(KnownArguments, Callback):
         self._saved_norms = dict(state_dict.get("norms", {}))
         self._clippers = {}
 
-    def _refuse_conflicts(self, trainer: Trainer) -> None:
-        clip_val = trainer.gradient_clip_val
-        if clip_val and self._policy.writes:
-            raise MisconfigurationException(
-                f"both Trainer(gradient_clip_val={clip_val}) and {type(self).__name__}({self.method!r}) clip; remove "
-                "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
-            )
-        if _UNSUPPORTED & {base.__name__ for base in type(trainer.strategy).__mro__}:
-            raise MisconfigurationException(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which it would see "
-                "gradients that are not final; train with 'ddp', 'fsdp' or ModelParallelStrategy, or use "
-                "Trainer(gradient_clip_val=...) where it works"
-            )
-        callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
-        twins = [one for one in callbacks if isinstance(one, GradientClipping) and one.name == self.name]
-        if len(twins) > 1:
-            raise MisconfigurationException(
-                f"{len(twins)} {type(self).__name__} callbacks are named {self.name!r}; give each a name of its own, "
-                f"such as name={self.name + '_2'!r}"
-            )
-
-    def _refuse_stranger(self, optimizer: Optimizer) -> None:
-        if self._policy.writes:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
-                "return it from configure_optimizers"
-            )
-
-    def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
+    def _clipper(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
+    ) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        flattens = any(base.__name__ == "FSDPStrategy" for base in type(trainer.strategy).__mro__)
-        model = trainer.strategy.model if flattens else pl_module
+        model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
         clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
+        if isinstance(before, Clipper):
+            # The module replaced its optimizer in mid-training: what was learned and counted goes on.
+            clipper.follow(before)
+        return clipper
+
+    def _take_up(self, clipper: Clipper | Delegated, index: int) -> None:
+        """Log, record and save this one for the optimizer of this index, from where a checkpoint left off."""
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))
-        elif index in self._clippers:
-            # The module replaced its optimizer in mid-training: what was learned and counted goes on.
-            clipper.follow(self._clippers[index])
+        self._clippers[index] = clipper
         self._recorder.listen_to(clipper, index)
-        return clipper
 
     def _finish(self, trainer: Trainer) -> None:
         """Record and log what is left, which is done only once."""

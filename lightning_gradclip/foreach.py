@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradclip import early_exit
+
 # For tensors that are smaller on average GradScaler's function takes a third to two thirds of the time, for larger ones
 # more than the product.
 _SMALL = 4096
@@ -49,6 +51,10 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor | Sequence[Tensor]) -> None:
     """Multiply the tensors by one factor, 0-d and on their device, or each by its own."""
+    if isinstance(factor, Tensor) and factor.device.type == "cuda":
+        tensors = early_exit.multiply_(tensors, factor)
+        if not tensors:
+            return
     if _mul is not None:
         _mul(tensors, factor)
         return

@@ -4,7 +4,8 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from lightning_gradclip.framework import Logger, TensorBoardLogger, WandbLogger
 
 Norms = npt.NDArray[np.float64]
 

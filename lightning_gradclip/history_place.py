@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_gradclip.framework import Callback, MisconfigurationException, Trainer
 from lightning_gradclip.growing import HistoryFormatError
 from lightning_gradclip.history import read_steps
 from lightning_gradclip.history_writer import HistoryWriter

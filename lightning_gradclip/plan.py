@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import foreach, pnorm
-from lightning_gradclip.rows import BLOCK, REAL, ROW, append_rows, joined, norms_along
+from lightning_gradclip.rows import BLOCK, REAL, ROW, all_joined, append_rows, joined, norms_along
 
 # Up to here copying a tensor costs less than a call for it.
 SMALL = 2**14
@@ -149,10 +149,12 @@ class Plan:
             OutdatedError: If some gradient is not as it was.
         """
         pieces = [norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
+        of_rows: list[list[Tensor]] = []
         for place, dtype, numel in self._large:
-            rows: list[Tensor] = []
-            append_rows(rows, _dense(gradients[place], dtype, numel), self._norm_type)
-            pieces.append(joined(rows, self._norm_type).view(1))
+            of_rows.append([])
+            append_rows(of_rows[-1], _dense(gradients[place], dtype, numel), self._norm_type)
+        if of_rows:
+            pieces.append(all_joined(of_rows, self._norm_type))
         pieces += [_norm_of(gradients[place], numel, self._norm_type) for place, numel in self._others]
         result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
         if not pieces:

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.delegated import Delegated
 from lightning_gradclip.histograms import Norms
 from lightning_gradclip.history import HistoryError
 from lightning_gradclip.history_writer import HistoryWriter
@@ -48,7 +49,7 @@ class Recorder:
         if self._first is None:
             self._first = step
 
-    def listen_to(self, clipper: Clipper, index: int) -> None:
+    def listen_to(self, clipper: Clipper | Delegated, index: int) -> None:
         """Record what this clipper does, for the optimizer of this index."""
         if self._opening is not None or self._histograms:
             clipper.listener = partial(self._add, index)
@@ -117,7 +118,8 @@ class Recorder:
         if index not in self._writers:
             return
         try:
-            self._writers[index].append(*packed)
+            steps, rows, scopes, norms = packed
+            self._writers[index].append(steps, rows, scopes, norms if scopes else None)
         except HistoryError as error:
             self._give_up(error)
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_gradclip import pnorm
+from lightning_gradclip import foreach, pnorm
 
 # Entries of a row at most; longer ones are no faster.
 ROW = 512
@@ -37,6 +37,14 @@ def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
     if len(pieces) == 1 and len(pieces[0]) == 1:
         return pieces[0][0].double()
     return pnorm.joint_norm(pieces[0] if len(pieces) == 1 else torch.cat(pieces), norm_type)
+
+
+def all_joined(lists: list[list[Tensor]], norm_type: float) -> Tensor:
+    """`joined` of each list, `(len(lists),)`, in one call where float64 holds the powers of float32 norms."""
+    merged = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in lists]
+    if norm_type <= 2.0 and all(one.dtype is torch.float32 for one in merged):
+        return torch.stack(list(foreach.norms(merged, norm_type, torch.float64)))
+    return torch.stack([joined([one], norm_type) for one in merged])
 
 
 @lru_cache(maxsize=4096)

@@ -85,8 +85,8 @@ def scale_units_(params: Sequence[Tensor], rows: Sequence[int], coefs: Tensor) -
         if gradient.is_sparse:
             factors = factors[gradient.coalesce().indices()[0]]
         factors = factors.view(-1, *[1] * (values.ndim - 1))
-        if wide:
-            values.copy_(values.double() * factors)
+        if wide or (values.is_cpu and values.dtype is torch.bfloat16):
+            _scale_converted_(values, factors)
         elif end - first <= _FEW * rows[place] and values.numel() >= _MANY and not gradient.is_sparse:
             _scale_some_(values, units[first:end] - starts[place], factors)
         else:
@@ -135,6 +135,13 @@ def _changed(coefs: Tensor, starts: Sequence[int]) -> tuple[Tensor, list[tuple[i
         return pnorm.integers_on((), coefs.device), list(pairwise(starts))
     units = (coefs != 1).nonzero()[:, 0]
     return units, list(pairwise(torch.searchsorted(units, pnorm.integers_on(tuple(starts), coefs.device)).tolist()))
+
+
+def _scale_converted_(values: Tensor, factors: Tensor) -> None:
+    """Multiply slices in the dtype of their factors: torch's product of bfloat16 and a column is four times slower."""
+    size = max(1, BLOCK * len(values) // max(1, values.numel()))
+    for some, by in zip(values.split(size), factors.split(size), strict=True):
+        some.copy_(some.to(by.dtype).mul_(by))
 
 
 def _scale_some_(values: Tensor, slices: Tensor, factors: Tensor) -> None:

@@ -5,7 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+# Imported before workers are forked: each of them would take seconds over what FSDP imports when it is first used.
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -168,6 +168,20 @@ class TestSizes:
             assert not math.isfinite(joint)
             assert torch.isfinite(meter.each(tensors)).tolist() == [True, False, True]
 
+    def test_only_what_left_the_range_is_measured_again(self) -> None:
+        spoilt, infinite, large = (drawn(2**15, seed=i) for i in range(3))
+        spoilt[7], infinite[7] = math.nan, math.inf
+        # The range is looked at, and then the largest entry of the one tensor.
+        for odd, looks in ((spoilt, 0), (infinite, 2), (large * 1e30, 2)):
+            tensors = [drawn(2**15, seed=3), odd, drawn(2**15, seed=4)]
+            meter = Meter(2.0)
+            meter.joint(tensors)
+            with Work() as work:
+                norm = meter.joint(tensors)
+            expected = reference.joint_norm([reference.array(one) for one in tensors], 2.0)
+            assert norm == pytest.approx(expected, rel=1e-6, nan_ok=True)
+            assert work.operations.count("aten::aminmax") == looks
+
 
 LISTS: dict[str, Callable[[], list[Tensor]]] = {
     "2,000 of 1,000": lambda: [drawn(1000, seed=i) for i in range(2000)],
