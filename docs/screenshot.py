@@ -54,7 +54,7 @@ def main() -> None:
             return page
 
         page = opened("observed.html", 860)
-        picture(page, "report.png", {"x": 0, "y": 0, "width": 860, "height": 980})
+        picture(page, "report.png", {"x": 0, "y": 0, "width": 860, "height": 1010})
         # From the what-if curve to the map of the layers.
         top = page.locator("#what-if").bounding_box()
         end = page.locator("[data-chart=heat]").bounding_box()
@@ -62,7 +62,10 @@ def main() -> None:
         assert end is not None
         height = end["y"] + end["height"] - top["y"] + 30
         picture(page, "layers.png", {"x": 0, "y": top["y"] - 10, "width": 860, "height": height})
-        picture(opened("compared.html", 1100), "compared.png", {"x": 0, "y": 0, "width": 1100, "height": 800})
+        page = opened("compared.html", 1100)
+        end = page.locator("[data-chart=norms]").first.bounding_box()
+        assert end is not None
+        picture(page, "compared.png", {"x": 0, "y": 0, "width": 1100, "height": end["y"] + end["height"] + 10})
         browser.close()
 
 

@@ -69,7 +69,8 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
     rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
     if node.get("history"):
-        rows["report"] = short(report(trainer))
+        written = report(trainer)
+        rows["report"] = short(written) if Path(written).is_file() else written
     show("Outcome", rows)
     if stopped:
         say(f"Training diverged and stopped: {stopped}")

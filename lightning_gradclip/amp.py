@@ -39,7 +39,11 @@ def agree(scaler: GradScaler, optimizer: Optimizer, finite: float | torch.Tensor
     """
     found: dict[torch.device, torch.Tensor]
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]  # pyright: ignore[reportPrivateUsage]
-    for one in map(layout.local, found.values()):
+    for device, shared in found.items():
+        # FSDP's scaler keeps one number in a vector, which fused optimizers refuse.
+        one = layout.local(shared)
+        if one is shared and one.ndim:
+            one = found[device] = one.view(())
         if isinstance(finite, torch.Tensor):
             one.copy_(torch.maximum(one, (1 - finite).to(one)))
         elif not finite:

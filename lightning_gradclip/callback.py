@@ -234,12 +234,9 @@ class GradientClipping(KnownArguments, Callback):
             lost = isinstance(exception, RuntimeError) and not isinstance(exception, torch.OutOfMemoryError)
             self._recorder.close(device_answers=not lost)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The run that resumes here takes the steps after it, and none of those before.
-        self._recorder.flush()
-
     def state_dict(self) -> dict[str, Any]:
         live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
+        # Writes what is pending too: a run that resumes here takes the steps after it, and none of those before.
         norms = {**self._saved_norms, **self._recorder.state_dict()}
         return {"clippers": {**self._saved, **live}, **({"norms": norms} if norms else {})}
 

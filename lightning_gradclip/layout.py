@@ -67,6 +67,17 @@ def local(tensor: Tensor) -> Tensor:
     return piece if type(piece) is Tensor else getattr(piece, "wait", lambda: piece)()
 
 
+def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
+    """A tensor like this one of which this rank holds this piece."""
+    if not is_distributed(tensor):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    distributed: Any = tensor
+    like: Any = {"shape": distributed.shape, "stride": distributed.stride()}
+    return DTensor.from_local(piece, distributed.device_mesh, distributed.placements, run_check=False, **like)
+
+
 def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient laid out like its parameter: what is still to be added up over ranks is added up, by a collective."""
     if not is_distributed(gradient) or not is_distributed(parameter):

@@ -72,7 +72,7 @@ class Recorder:
         return found
 
     def state_dict(self) -> dict[int, Tensor]:
-        """By optimizer the norms since the last log event."""
+        """Write what is pending; by optimizer the norms since the last log event, if histograms are wanted."""
         self.flush()
         return {index: torch.from_numpy(np.concatenate(norms)) for index, norms in self._norms.items()}
 

@@ -38,14 +38,23 @@ class UnitLimiter(Limiter):
         return self._units
 
     def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
-        return self._of_gradients.exact(gradients) if exact else self._alike(self._of_gradients.norms(gradients))
+        return (
+            self._of_gradients.exact(gradients)
+            if exact
+            else self._alike(self._of_gradients.norms(gradients), gradients)
+        )
 
     def _weights(self) -> Tensor:
-        return self._alike(self._of_weights.norms(self._held()))
+        return self._of_weights.norms(self._held())
 
-    def _alike(self, norms: Tensor) -> Tensor:
-        """The same in a dtype that does not depend on which gradients this rank happens to have."""
-        return norms
+    def _alike(self, norms: Tensor, gradients: Gradients) -> Tensor:
+        """The same in a dtype that does not depend on which gradients a rank happens to have."""
+        if self._reducer is None:
+            return norms
+        kinds = {pnorm.accumulator(one.dtype, self._method.norm_type) or one.dtype for one in self._params}
+        usual = torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
+        absent = all(gradient is None for gradient in gradients)
+        return norms.to(usual if absent else torch.promote_types(norms.dtype, usual))
 
     def _reduced(self, gradients: Gradients, norms: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Reduced:
         if self._reducer is None:

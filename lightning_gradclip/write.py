@@ -170,17 +170,18 @@ def _real_values(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
-    if layout.is_distributed(gradient):
-        return layout.local(gradient)
     if gradient.is_sparse:
         if not gradient.is_coalesced():
             # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
             parameter.grad = gradient = gradient.coalesce()
         return gradient.values()
-    if gradient.is_conj() or gradient.is_neg():
+    values = held = layout.local(gradient)
+    if values.is_conj() or values.is_neg():
         # Not yet computed, so that nothing can be written.
-        parameter.grad = gradient = gradient.resolve_conj().resolve_neg()
-    if not gradient.is_contiguous() and 0 in gradient.stride():
+        values = values.resolve_conj().resolve_neg()
+    if not values.is_contiguous() and 0 in values.stride():
         # Expanded: several entries share their memory and would be scaled several times.
-        parameter.grad = gradient = gradient.contiguous()
-    return gradient
+        values = values.contiguous()
+    if values is not held:
+        parameter.grad = layout.with_local(gradient, values)
+    return values

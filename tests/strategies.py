@@ -1,6 +1,7 @@
 """Lightning's strategies on CPU processes, and one small module that each of them can spread over its ranks."""
 
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -12,7 +13,14 @@ from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -28,6 +36,11 @@ from lightning_gradclip.layout import is_distributed
 Batch = tuple[Tensor, Tensor]
 Cut = Callable[[nn.Module, Any], None]
 Make = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+def quieten_torch() -> None:
+    """For the rest of this process: what torch says about its own FSDP is no news here."""
+    warnings.filterwarnings("ignore", module=r"torch\.")
 
 
 def momentum(groups: list[dict[str, Any]]) -> Optimizer:
@@ -64,6 +77,30 @@ class CpuFSDP(FSDPStrategy):
         if self._shape is not None:
             options["device_mesh"] = init_device_mesh("cpu", self._shape, mesh_dim_names=("replica", "shard"))
         return FullyShardedDataParallel(model, **options)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._state_dict_type == "sharded":
+            return super().lightning_module_state_dict()
+        with self._copying():
+            return self.model.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        if self._state_dict_type == "sharded":
+            return super().optimizer_state(optimizer)
+        with self._copying():
+            state = FullyShardedDataParallel.optim_state_dict(self.model, getattr(optimizer, "optimizer", optimizer))
+        if self.global_rank == 0:
+            state = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
+        return state
+
+    def _copying(self) -> Any:
+        """Moving to a CPU copies nothing where all is on one, and FSDP frees the memory or uses it again."""
+        return FullyShardedDataParallel.state_dict_type(
+            self.model,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(offload_to_cpu=False, rank0_only=True),
+            FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True),
+        )
 
 
 class Fitted(LightningModule):
@@ -122,7 +159,7 @@ class Way(NamedTuple):
         return [tuple(part[start : start + size] for part in batch) for batch in batches]
 
 
-def _shard(net: nn.Module, mesh: Any) -> None:
+def shard(net: nn.Module, mesh: Any) -> None:
     fully_shard(net.up, mesh=mesh["data_parallel"])
     fully_shard(net, mesh=mesh["data_parallel"])
 
@@ -162,8 +199,8 @@ WAYS = {
     "fsdp1_grad_op": Way(2, 2, _fsdp1("SHARD_GRAD_OP")),
     "fsdp1_none": Way(2, 2, _fsdp1("NO_SHARD")),
     "fsdp1_hybrid": Way(4, 4, _fsdp1("HYBRID_SHARD", shape=(2, 2), **_LAYERS)),
-    "fsdp2": Way(2, 2, _model_parallel(2, 1), _shard),
-    "fsdp2_4": Way(4, 4, _model_parallel(4, 1), _shard),
+    "fsdp2": Way(2, 2, _model_parallel(2, 1), shard),
+    "fsdp2_4": Way(4, 4, _model_parallel(4, 1), shard),
     "tensor": Way(2, 1, _model_parallel(1, 2), _tensor),
     "tensor_data": Way(4, 2, _model_parallel(2, 2), _tensor_and_shard),
     "sequence": Way(2, 1, _model_parallel(1, 2), _sequence),

@@ -1,5 +1,6 @@
 """The history of a trainer's run: every optimizer step once, whatever steps, stops, fails or goes on."""
 
+import html
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_device
 import numpy as np
 import pytest
 import torch
@@ -39,12 +41,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gradclip import AGC, Clipper, GradientClipping, NormClip, ValueClip
+from lightning_gradclip.cli import main
 from lightning_gradclip.growing import HistoryFormatError
 from lightning_gradclip.history import History
 from lightning_gradclip.pending import Pending
 from lightning_gradclip.report.find import find_runs
+from lightning_gradclip.scopes import Scopes
+from lightning_gradclip.stats import Row, StepStats
 
 LIMIT = 4.0
+MARKUP = "<b>x<img src=x onerror=alert(1)>"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
@@ -152,6 +158,24 @@ def test_many_scopes_wait_in_bounded_memory_too() -> None:
     assert taken == [True] * 87 + [False] * 3
     assert pending.take().norms.shape == (90, 3000)
     assert len(pending) == 0
+
+
+@pytest.mark.skipif(not fake_device.AVAILABLE, reason="this version of torch has no Python backends for devices")
+def test_steps_on_a_device_are_fetched_in_one_copy() -> None:
+    with fake_device.attached() as device:
+        pending, scopes = Pending(), Scopes(("a", "b"), (0, 1))
+        rows = torch.arange(5 * len(Row._fields), dtype=torch.float64).view(5, -1)
+        norms = torch.arange(10, dtype=torch.float32).view(5, 2)
+        for step, (row, norm_of) in enumerate(zip(rows, norms, strict=True)):
+            pending.add(step, StepStats(device.put(row), 1.0, 1.0, scopes, device.put(norm_of), scopes))
+        assert pending.on_device
+        assert device.waits == []
+        taken = pending.take()
+        assert len(device.waits) == 1
+    assert taken.steps == [0, 1, 2, 3, 4]
+    assert taken.scopes == ("a", "b")
+    assert np.array_equal(taken.rows, rows.numpy())
+    assert np.array_equal(taken.norms, norms.numpy())
 
 
 def test_a_long_run_that_never_logs_is_recorded_in_bounded_memory(tmp_path: Path) -> None:
@@ -532,3 +556,37 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
     assert names == ("encoder", "head")
     expected = [[norm(gradient, of) for of in (ENCODER, HEAD)] for gradient in joint]
     assert norms == pytest.approx(np.array(expected), rel=1e-6)
+
+
+def test_markup_in_names_of_a_trained_run_is_text(tmp_path: Path) -> None:
+    class Naughty(Prescribed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = torch.nn.ParameterDict({MARKUP: torch.nn.Parameter(torch.zeros(2))})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.extra[MARKUP].sum()
+
+    logger = CSVLogger(tmp_path, name="<i>run")
+    fit(Naughty(), gradients(3), clipping(True, measure_per="parameter"), logger=logger)
+    assert f"extra.{MARKUP}" in History(tmp_path / "<i>run" / "version_0" / "gradclip").scope_norms()[0]
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<i>run" not in page
+    assert MARKUP not in page
+    assert f"extra.{html.escape(MARKUP)}" in page
+
+
+@pytest.mark.parametrize("command", ["report", "advise"])
+@pytest.mark.parametrize("damage", ["empty", "cut off", "foreign"])
+def test_a_damaged_history_of_a_trained_run_is_one_line(
+    tmp_path: Path, damage: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(Prescribed(), gradients(3), clipping(tmp_path / "it"))
+    capsys.readouterr()
+    path = tmp_path / "it" / "steps.npy"
+    path.write_bytes({"empty": b"", "cut off": path.read_bytes()[:300], "foreign": b"PK" * 400}[damage])
+    assert main([command, str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-gradclip: error: ")
+    assert "steps.npy" in line

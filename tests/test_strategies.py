@@ -14,19 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from strategies import WAYS, Fitted, Way, batches, spreading, whole
+from strategies import WAYS, Fitted, Way, batches, quieten_torch, spreading, whole
 from torch.optim import AdamW
 
 import lightning_gradclip
 from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormClip
 from lightning_gradclip.layout import local, settled
-
-pytestmark = [
-    # torch's own, about what the tests do on purpose.
-    pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:FSDP.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*FSDP.*:UserWarning"),
-]
 
 STEPS = 4
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -105,6 +98,7 @@ def train(
     data = batches(STEPS, dtype)
     if way is None:
         return fit(Fitted(dtype), data, *callbacks, **options)
+    quieten_torch()
     module = spreading(Fitted(dtype), way.cut)
     spread = {"strategy": way.strategy(), "devices": way.world, "use_distributed_sampler": False}
     return fit(module, way.share(data, rank), *callbacks, **spread, **options)

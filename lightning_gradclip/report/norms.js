@@ -89,6 +89,8 @@ function drawNorms(element, place) {
   const [low, high] = COMMON ?? extent([run]) ?? [];
   const fixed = COMMON ? { range: [Math.log10(low / 1.5), Math.log10(high * 3)] } : {};
   const draw = (from, to) => Plotly.react(element, normTraces(run, from, to), layout(element, {
+    // Also of a single line, so that charts side by side are level.
+    showlegend: true,
     xaxis: axis({ title: { text: "step" }, exponentformat: "none", separatethousands: true }),
     yaxis: logAxis({ title: narrow(element) ? undefined : { text: "gradient norm" }, ...fixed }, low, high),
   }), CONFIG);
