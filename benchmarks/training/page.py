@@ -72,7 +72,8 @@ def introduction(rows: Sequence[Row], tasks: Mapping[str, Task], benchmarks: str
         "bound under the task, or training had to stop. What is behind such counts, by Wilson's 95 % interval: "
         f"{shares}. "
         "*Spikes*: steps in 1,000 whose gradient, before clipping, is not finite or over 5 times the median of the 50 "
-        "before. *Clipped*: steps that clipping changed. Three numbers stand for the three learning rates."
+        "before. *Clipped*: steps that clipping changed or dropped, for NaN gradients too. Three numbers "
+        "stand for the three learning rates."
     )
 
 
