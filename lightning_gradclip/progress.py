@@ -1,7 +1,8 @@
 """Where a trainer stands: the few things that Lightning has no public name for are asked here."""
 
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
+
+from lightning_gradclip.framework import Trainer
 
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:

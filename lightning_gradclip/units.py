@@ -19,20 +19,9 @@ class UnitLimiter(Limiter):
     def write(self, outcome: Outcome) -> None:
         """Scale the units as the coefficients say; parameters of which no unit is over its limit are not written."""
         coefs = outcome.coefs
-        if not isinstance(coefs, Tensor):
-            return
-        if self._reducer is not None:
-            coefs = coefs[self._places_on(coefs.device)]
-        touched = range(len(self._params))
-        if coefs.device.type == "cpu":
-            touched = self._held_units.index_on(coefs.device)[coefs != 1].unique_consecutive().tolist()
-        starts, sliced = self._held_units.starts, self._held_units.sliced
-        whole = [i for i in touched if not sliced[i]]
-        factors = coefs[pnorm.integers_on(tuple(starts[i] for i in whole), coefs.device)]
-        write.scale_([self._params[i] for i in whole], factors.unbind())
-        for i in touched:
-            if sliced[i]:
-                write.scale_units_(self._params[i], coefs[starts[i] : starts[i + 1]])
+        if isinstance(coefs, Tensor):
+            held = coefs if self._reducer is None else coefs[self._places_on(coefs.device)]
+            write.scale_units_(self._params, self._held_units.rows, held)
 
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         super().serve(selection, reducer)

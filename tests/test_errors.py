@@ -2,15 +2,13 @@
 
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import workers
-from boring import Adversaries, Batches, Prescribed, fit, gradients, make_trainer, weights
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from boring import Adversaries, Prescribed, fit, gradients, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD
 
@@ -80,33 +78,6 @@ def test_a_pattern_without_wildcards_says_what_patterns_are() -> None:
         fit(Prescribed(), gradients(1), clipping(include="encoder"))
 
 
-class OnCpu(FSDPStrategy):
-    """FSDP without a GPU, as far as the trainer's construction goes."""
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: OnCpu(), lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)]
-)
-@pytest.mark.parametrize("callback", [clipping, lambda: GradientClipping(None)], ids=["clipping", "watching"])
-def test_strategies_that_shard_gradients_are_refused(
-    make: Callable[[], Strategy], callback: Callable[[], GradientClipping]
-) -> None:
-    class Sharded(Prescribed):
-        def configure_model(self) -> None: ...
-
-    def work(rank: int) -> tuple[str, bool]:
-        strategy, module = make(), Sharded()
-        trainer = make_trainer(callback(), strategy=strategy, devices=2)
-        with pytest.raises(MisconfigurationException) as error:
-            trainer.fit(module, Batches(gradients(1)))
-        return str(error.value), type(strategy).__name__ in str(error.value)
-
-    for message, named in workers.run(work):
-        assert named
-        assert "strategy='ddp'" in message
-        assert "gradient_clip_val" in message
-
-
 def test_a_method_is_required_and_an_instance() -> None:
     with pytest.raises(TypeError, match=r"GradientClipping needs a method; write method=NormClip\(max_norm=1\.0\)"):
         GradientClipping()
@@ -136,6 +107,12 @@ def test_a_method_is_required_and_an_instance() -> None:
         ({"name": None}, TypeError, "name must be a non-empty string, got None"),
         ({"log": "false"}, TypeError, "log must be True or False, got 'false'"),
         ({"prog_bar": 1}, TypeError, "prog_bar must be True or False, got 1"),
+        ({"history": None}, TypeError, r"history must be True, False or a folder, got None \(NoneType\)"),
+        ({"history": 1}, TypeError, "history must be True, False or a folder, got 1"),
+        ({"history": ""}, ValueError, "history must name a folder on a file system of this machine, got ''"),
+        ({"history": "s3://bucket/run"}, ValueError, "on a file system of this machine, got 's3://bucket/run'"),
+        ({"histograms": "yes"}, TypeError, "histograms must be True or False, got 'yes'"),
+        ({"histograms": True, "log": False}, ValueError, "histograms=True with log=False logs nothing; use log=True"),
         ({"fold": "yes"}, TypeError, "fold must be True or False, got 'yes'"),
         ({"measure_per": "unit"}, ValueError, "measure_per must be one of 'group', 'layer', 'parameter', got 'unit'"),
         ({"include": 3}, TypeError, "include must be a pattern or a list of patterns, got 3"),
@@ -149,12 +126,6 @@ def test_arguments_are_checked_where_they_are_given(
 ) -> None:
     with pytest.raises(kind, match=message):
         GradientClipping(**{"method": NormClip(), **options})
-
-
-def test_what_this_version_cannot_do_is_refused() -> None:
-    for options in ({"history": True}, {"history": "folder"}):
-        with pytest.raises(ValueError, match="is not available in this version; use"):
-            clipping(**options)
 
 
 def test_a_method_without_a_limit_says_so() -> None:

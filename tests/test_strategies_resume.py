@@ -1,0 +1,149 @@
+"""Checkpoints in the middle of an epoch under strategies that shard: to the bit, and on another number of ranks."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import workers
+from boring import Batches, csv_rows, equal, fit
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from strategies import WAYS, Fitted, batches, quieten_torch, spreading, whole
+from torch.optim import AdamW
+
+from lightning_gradclip import EmaClip, GradientClipping
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+]
+
+STEPS, SAVED = 6, 3
+# The format of the checkpoint, and on 2 and 4 ranks the way that writes it.
+KINDS: dict[str, tuple[dict[int, str], dict[str, Any]]] = {
+    "ddp": ({2: "ddp"}, {}),
+    "fsdp1, full": ({2: "fsdp1_full", 4: "fsdp1_full"}, {"state_dict_type": "full"}),
+    "fsdp1, sharded": ({2: "fsdp1_full", 4: "fsdp1_full"}, {"state_dict_type": "sharded"}),
+    "fsdp2, full": ({2: "fsdp2", 4: "fsdp2_4"}, {"save_distributed_checkpoint": False}),
+    "fsdp2, sharded": ({2: "fsdp2", 4: "fsdp2_4"}, {"save_distributed_checkpoint": True}),
+}
+
+
+def adamw(groups: Any) -> AdamW:
+    return AdamW(groups, lr=0.01, weight_decay=0.1)
+
+
+class Killed(Callback):
+    """Ends one process as the system does when memory runs out."""
+
+    def __init__(self, rank: int, after: int) -> None:
+        self.rank, self.after = rank, after
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(kind: str, rank: int, world: int, csv: CSVLogger, *callbacks: Callback, **options: Any) -> dict[str, Any]:
+    """Six steps in epochs of four, as one of several ranks or alone."""
+    clipping = GradientClipping(EmaClip(warmup=2, per="layer"), measure_per="layer")
+    module, data = Fitted(torch.float64, adamw), batches(4)
+    if world > 1:
+        quieten_torch()
+        ways, settings = KINDS[kind]
+        way = WAYS[ways[min(world, max(ways))]]._replace(world=world, parts=world)
+        data = way.share(data, rank)
+        module = spreading(module, way.cut)
+        options |= {"strategy": way.strategy(**settings), "devices": world, "use_distributed_sampler": False}
+    trainer = fit(
+        module,
+        Batches(data),
+        clipping,
+        *callbacks,
+        logger=csv,
+        log_every_n_steps=2,
+        max_epochs=-1,
+        max_steps=STEPS,
+        enable_checkpointing=bool(callbacks),
+        weights_only=True,
+        **options,
+    )
+    return {
+        "weights": whole(trainer),
+        "clipping": clipping.state_dict(),
+        "shown": {key: value for key, value in trainer.callback_metrics.items() if key.startswith("gradclip")},
+    }
+
+
+def saving(folder: Path, every: int = SAVED) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "saved", every_n_train_steps=every, save_top_k=-1, filename="{step}")
+
+
+def resume(kind: str, rank: int, world: int, folder: Path, name: str) -> dict[str, Any]:
+    return train(kind, rank, world, CSVLogger(folder, name=name), ckpt_path=folder / "saved" / f"step={SAVED}.ckpt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_straight_run_to_the_bit(kind: str, tmp_path: Path) -> None:
+    def work(rank: int) -> list[dict[str, Any]]:
+        straight = train(kind, rank, 2, CSVLogger(tmp_path, name="straight"), saving(tmp_path))
+        return [straight, resume(kind, rank, 2, tmp_path, "resumed")]
+
+    first, second = workers.run(work)
+    assert equal(*first)
+    assert equal(first, second)
+    assert first[0]["clipping"]["clippers"][0]["step"] == STEPS
+    rows = {name: csv_rows(CSVLogger(tmp_path, name=name, version=0)) for name in ("straight", "resumed")}
+    assert [step for step, _ in rows["straight"]] == [1, 3, 5]
+    # The window that was open when the checkpoint was written goes on: no step is lost, and none comes twice.
+    assert rows["resumed"] == rows["straight"][1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("fsdp1, full", 2, 4),
+        ("fsdp1, full", 2, 1),
+        ("fsdp1, sharded", 2, 4),
+        ("fsdp1, sharded", 4, 2),
+        ("fsdp2, full", 2, 4),
+        ("fsdp2, full", 2, 1),
+        ("fsdp2, sharded", 2, 4),
+        ("fsdp2, sharded", 4, 2),
+    ],
+)
+def test_another_number_of_ranks_goes_on(kind: str, before: int, after: int, tmp_path: Path) -> None:
+    def straight(rank: int) -> dict[str, Any]:
+        return train(kind, rank, before, CSVLogger(tmp_path, name="straight"), saving(tmp_path))
+
+    expected, *_ = workers.run(straight, world=before)
+    if after == 1:
+        got = resume(kind, 0, 1, tmp_path, "resumed")
+    else:
+        got, *others = workers.run(lambda rank: resume(kind, rank, after, tmp_path, "resumed"), world=after)
+        assert all(equal(other, got) for other in others)
+    for key in ("weights", "shown"):
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-6, atol=1e-12)
+    (mine,), (theirs,) = (one["clipping"]["clippers"].values() for one in (got, expected))
+    torch.testing.assert_close(mine["learned"]["values"], theirs["learned"]["values"], rtol=1e-6, atol=1e-12)
+    rows = {name: csv_rows(CSVLogger(tmp_path, name=name, version=0)) for name in ("straight", "resumed")}
+    assert [step for step, _ in rows["resumed"]] == [3, 5]
+    for (_, values), (_, those) in zip(rows["resumed"], rows["straight"][1:], strict=True):
+        assert values == pytest.approx(those, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2, sharded"])
+def test_a_killed_run_fails_and_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
+    def straight(rank: int) -> dict[str, Any]:
+        return train(kind, rank, 2, CSVLogger(tmp_path, name="straight"))
+
+    def killed(rank: int) -> None:
+        train(kind, rank, 2, CSVLogger(tmp_path, name="killed"), saving(tmp_path), Killed(rank=1, after=SAVED + 1))
+
+    with pytest.raises(workers.WorkerError, match=r"exit code -9|Connection closed by peer|Connection reset"):
+        workers.run(killed)
+    resumed = workers.run(lambda rank: resume(kind, rank, 2, tmp_path, "resumed"))
+    assert equal(resumed, workers.run(straight))
