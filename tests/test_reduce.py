@@ -304,6 +304,18 @@ class TestAbsent:
         for values in (learned["values"], learned_too["values"]):
             assert values["count"].tolist() == [int(i != place) for i in range(5)]
 
+    def test_absent_entries_are_in_no_share_and_no_mean(self) -> None:
+        without = GRADIENTS | {"body.weight": None, "norm.weight": None}
+        methods = (ValueClip(max_value=0.5), NormClip(statistic="rms"), NormClip(statistic="rms", per="layer"))
+
+        def steps(make: Any) -> list[Any]:
+            return [shown(Clipper(make(), method).step()) for method in methods]
+
+        first, second = workers.run(lambda rank: steps(lambda: spread(without)))
+        assert digest(first) == digest(second)
+        expected = steps(lambda: plain(without, WEIGHTS))
+        torch.testing.assert_close(first, expected, rtol=1e-6, atol=0.0, equal_nan=True)
+
 
 class TestBits:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
