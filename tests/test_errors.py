@@ -2,15 +2,13 @@
 
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import workers
-from boring import Adversaries, Batches, Prescribed, fit, gradients, make_trainer, weights
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from boring import Adversaries, Prescribed, fit, gradients, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD
 
@@ -78,33 +76,6 @@ def test_a_pattern_that_matches_nothing(option: str, module: type[Prescribed]) -
 def test_a_pattern_without_wildcards_says_what_patterns_are() -> None:
     with pytest.raises(ValueError, match=r"include='encoder' matches no parameter.*whole names, such as 'encoder\.\*'"):
         fit(Prescribed(), gradients(1), clipping(include="encoder"))
-
-
-class OnCpu(FSDPStrategy):
-    """FSDP without a GPU, as far as the trainer's construction goes."""
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: OnCpu(), lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)]
-)
-@pytest.mark.parametrize("callback", [clipping, lambda: GradientClipping(None)], ids=["clipping", "watching"])
-def test_strategies_that_shard_gradients_are_refused(
-    make: Callable[[], Strategy], callback: Callable[[], GradientClipping]
-) -> None:
-    class Sharded(Prescribed):
-        def configure_model(self) -> None: ...
-
-    def work(rank: int) -> tuple[str, bool]:
-        strategy, module = make(), Sharded()
-        trainer = make_trainer(callback(), strategy=strategy, devices=2)
-        with pytest.raises(MisconfigurationException) as error:
-            trainer.fit(module, Batches(gradients(1)))
-        return str(error.value), type(strategy).__name__ in str(error.value)
-
-    for message, named in workers.run(work):
-        assert named
-        assert "strategy='ddp'" in message
-        assert "gradient_clip_val" in message
 
 
 def test_a_method_is_required_and_an_instance() -> None:
