@@ -33,7 +33,8 @@ class Regression(pl.LightningModule):
 
 def fit(**options):
     clipping = GradientClipping(NormClip(max_norm=1.0), measure_per="layer")
-    saving = pl.callbacks.ModelCheckpoint("saved", monitor="gradclip/norm", save_on_train_epoch_end=True, filename="one")
+    when = {"monitor": "gradclip/norm", "save_on_train_epoch_end": True}
+    saving = pl.callbacks.ModelCheckpoint("saved", filename="one", **when)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet, **options}
     trainer = pl.Trainer(callbacks=[clipping, no_clipping(), saving], log_every_n_steps=1, **options)
