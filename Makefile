@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.ready  ## train a recurrent network on English text, clipped and logged (about two minutes)
+demo: $(VENV)/.ready  ## train a recurrent network on English text, clipped, logged and reported (about two minutes)
 	@echo "==> Training the demo; try also: $(BIN)/python examples/train.py --help"
 	$(BIN)/python examples/train.py
 

@@ -95,6 +95,24 @@ def reading(params: list[Parameter]) -> dict[str, Case]:
     return {"torch.sum of int64": lambda: torch.sum(buffer), "numpy.max of int64": array.max}
 
 
+def native_read(params: list[Parameter]) -> Case:
+    return reading(params)["torch.sum of int64"]
+
+
+def native_multiply(params: list[Parameter]) -> Case:
+    """One pass that reads and writes the gradients, and leaves them as they are."""
+    gradients, one = [parameter.grad for parameter in params], torch.ones(())
+    return lambda: torch._foreach_mul_(gradients, one)
+
+
+def after(*cases: Case) -> Case:
+    def case() -> None:
+        for one in cases:
+            one()
+
+    return case
+
+
 def norm_errors(params: list[Parameter]) -> tuple[float, float]:
     """Relative errors of our norm and torch's against float64."""
     exact = math.sqrt(sum(one.grad.double().square().sum().item() for one in params))
@@ -115,6 +133,7 @@ def compare_norms(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
             "step": step_of(params, NormClip(max_norm=1e9)),
             "torch clipped": falling(lambda limit, p=theirs: clip_grad_norm_(p, limit), start),
             "step clipped": step_of(mine, FallingNorm()),
+            "multiply": native_multiply(params),
         }
         times = interleave(cases | reading(params), rounds=rounds)
         best = timing.best_wall(cases, rounds)
@@ -125,6 +144,11 @@ def compare_norms(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
             "step": ratio(times["step"].cpu, times["torch"].cpu),
             "clipped": ratio(times["step clipped"].cpu, times["torch clipped"].cpu),
             "of read": ratio(times["measure"].cpu, times[read].cpu),
+            "limit": ratio(times[read].cpu, times["torch"].cpu),
+            "clipped limit": ratio(
+                [one + two for one, two in zip(times[read].cpu, times["multiply"].cpu, strict=True)],
+                times["torch clipped"].cpu,
+            ),
         }
         quotients = (("measure", "torch"), ("step", "torch"), ("step clipped", "torch clipped"))
         walls = [best[mine] / best[other] if best else None for mine, other in quotients]
@@ -138,24 +162,27 @@ def compare_norms(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
         del params, theirs, mine, cases
         gc.collect()
     head = ["gradients", "measure / torch", "step / torch", "clipped step / torch", "measure / read limit"]
+    head += ["read limit / torch", "clipped limit / torch"]
     head += ["wall: measure", "wall: step", "wall: clipped", "norm error", "torch's"]
     text = "Clipping by norm. Ratios to `torch.nn.utils.clip_grad_norm_`: median (quartiles) over rounds, of CPU time "
     text += f"with one thread. wall: best round to best round, {timing.DEFAULT_THREADS} threads. "
     text += "busy: others used the machine, so that wall time would say nothing.\n"
-    text += "`measure` is the norm alone, `step` is `Clipper.step()`.\n\n"
+    text += "`measure` is the norm alone, `step` is `Clipper.step()`. Limits are native passes over as many "
+    text += "bytes: one that reads, and for a clipped step one that reads and writes (`_foreach_mul_`) as well.\n\n"
     text += table(head, rows) + "\nMedians in microseconds of CPU time, one thread:\n\n"
-    micro = ["torch", "measure", "step", "torch, clipped", "step, clipped", "read limit", "read by"]
+    micro = ["torch", "measure", "step", "torch, clipped", "step, clipped", "multiply", "read limit", "read by"]
     return text + table(["gradients", *micro], absolute), data
 
 
-def pairs(rounds: int, found: dict[str, tuple[Case, Case]]) -> tuple[list[list[str]], dict[str, Any]]:
-    """Ours and theirs side by side."""
+def pairs(rounds: int, found: dict[str, tuple[Case, Case, Case]]) -> tuple[list[list[str]], dict[str, Any]]:
+    """Ours and theirs side by side, and the native passes that ours cannot do without."""
     rows, data = [], {}
-    for name, (mine, theirs) in found.items():
-        times = interleave({"theirs": theirs, "ours": mine}, rounds=rounds)
-        quotient = ratio(times["ours"].cpu, times["theirs"].cpu)
-        rows.append([name, shown(quotient), micros(times["ours"].cpu), micros(times["theirs"].cpu)])
-        data[name] = {"ratio": quotient, **{key: statistics.median(one.cpu) for key, one in times.items()}}
+    for name, (mine, theirs, native) in found.items():
+        times = interleave({"theirs": theirs, "ours": mine, "limit": native}, rounds=rounds)
+        quotients = [ratio(times[one].cpu, times["theirs"].cpu) for one in ("ours", "limit")]
+        rows.append([name, *map(shown, quotients), micros(times["ours"].cpu), micros(times["theirs"].cpu)])
+        data[name] = {"ratio": quotients[0], "limit ratio": quotients[1]}
+        data[name] |= {key: statistics.median(one.cpu) for key, one in times.items()}
         print(rows[-1], flush=True)
     return rows, data
 
@@ -169,8 +196,13 @@ def others(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
             rows += new
             data |= figures
             gc.collect()
-    head = ["what", "ours / theirs", "ours, us", "theirs, us"]
-    return "Other methods, CPU time with one thread.\n\n" + table(head, rows), data
+    head = ["what", "ours / theirs", "limit / theirs", "ours, us", "theirs, us"]
+    text = "Other methods, CPU time with one thread. The limit is one native pass that reads each tensor "
+    text += (
+        "that is measured, and native calls for what is written: `clamp_`, the optimizer's step; for AGC the reading "
+    )
+    text += "alone.\n\n"
+    return text + table(head, rows), data
 
 
 def infinity(quick: bool) -> Any:
@@ -179,6 +211,7 @@ def infinity(quick: bool) -> Any:
         f"inf-norm, measuring, {'ResNet-50' if quick else 'GPT-2 small'} / `clip_grad_norm_(norm_type=inf)`": (
             measuring(params, math.inf),
             lambda: clip_grad_norm_(params, 1e9, norm_type=math.inf),
+            native_read(params),
         )
     }
 
@@ -191,7 +224,10 @@ def values(quick: bool) -> Any:
         clipper = Clipper(sets.named(mine), FallingValue(max_value=bound))
         clipper.detailed = False
         name = f"value, {title}, {'ResNet-50' if quick else 'GPT-2 small'} / `clip_grad_value_`"
-        yield {name: (clipper.step, falling(lambda limit, p=theirs: clip_grad_value_(p, limit), bound))}
+        native = native_read(mine)
+        if title == "clipped":
+            native = after(native, lambda p=theirs: [one.grad.clamp_(-2.5, 2.5) for one in p])
+        yield {name: (clipper.step, falling(lambda limit, p=theirs: clip_grad_value_(p, limit), bound), native)}
 
 
 def folding(quick: bool) -> Any:
@@ -215,7 +251,10 @@ def folding(quick: bool) -> Any:
             clip_grad_norm_(params, limit)
             optimizer.step()
 
-        yield {f"clip + fused AdamW step, {title}, ResNet-50, `fold=True`": (ours, falling(published, part * norm))}
+        native = after(native_read(mine), two.step)
+        yield {
+            f"clip + fused AdamW step, {title}, ResNet-50, `fold=True`": (ours, falling(published, part * norm), native)
+        }
 
 
 def agc(quick: bool) -> Any:
@@ -241,7 +280,7 @@ def agc(quick: bool) -> Any:
             equal = agc_is_equal(mine, timm.adaptive_clip_grad)
             name = f"AGC, {share:.0%} of the units, {model} / timm ({'same bits' if equal else 'NOT the same bits'})"
             clip = falling(lambda limit, p=theirs: timm.adaptive_clip_grad(p, limit), 0.01)
-            yield {name: (step_of(mine, FallingAGC()), clip)}
+            yield {name: (step_of(mine, FallingAGC()), clip, after(native_read(mine), native_read(mine)))}
 
 
 def agc_is_equal(params: list[Parameter], published: Callable[..., None]) -> bool:

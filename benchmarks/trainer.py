@@ -13,6 +13,8 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +23,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from timing import table
 
-from lightning_gradclip import GradientClipping, NormClip
+from lightning_gradclip import Clipper, GradientClipping, NormClip
+from lightning_gradclip.history_writer import HistoryWriter
+from lightning_gradclip.recorder import Recorder
+from lightning_gradclip.stats import Row
 
 # As many as lie between two log events, so that each stretch has one.
 STRETCH, STRETCHES = 50, 8
@@ -30,6 +35,7 @@ CASES: dict[str, Any] = {
     "an empty Callback": lambda: {"callbacks": [pl.Callback()]},
     "Trainer(gradient_clip_val=1.0)": lambda: {"gradient_clip_val": 1.0},
     "GradientClipping(NormClip())": lambda: {"callbacks": [GradientClipping(NormClip())]},
+    "the same, history=True": lambda: {"callbacks": [GradientClipping(NormClip(), history=True)]},
 }
 
 
@@ -78,6 +84,48 @@ def fit(layers: int, folder: str, callbacks: Any = (), **options: Any) -> list[f
     return [(end - start) / STRETCH * 1e6 for start, end in itertools.pairwise(clock.seen[1:])]
 
 
+def steps(layers: int, every: int, per: str | None, folder: str | None) -> Callable[[], None]:
+    """So many steps of a clipper as the callback takes them, recorded if there is a folder."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(layers)])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    clipper = Clipper(model.named_parameters(), NormClip(max_norm=1e9), measure_per=per)
+    opening = None if folder is None else partial(opened, folder, per)
+    recorder, count = Recorder(opening, histograms=False), itertools.count()
+    recorder.listen_to(clipper, 0)
+
+    def run() -> None:
+        for step in itertools.islice(count, STRETCH):
+            recorder.begin_batch(step)
+            clipper.step()
+            if (step + 1) % every == 0:
+                recorder.take_norms()
+                clipper.metrics()
+
+    return run
+
+
+def opened(folder: str, per: str | None, index: int, first_step: int) -> HistoryWriter:
+    return HistoryWriter(folder, columns=Row._fields, start_step=first_step, measure_per=per)
+
+
+def history(rounds: int) -> tuple[str, dict[str, Any]]:
+    """What recording adds to a step: without a trainer, whose own time varies by more than that."""
+    rows, data = [], {}
+    for layers, per, every in itertools.product((2, 21), (None, "layer"), (1, STRETCH)):
+        with tempfile.TemporaryDirectory() as folder:
+            cases = {"without": steps(layers, every, per, None), "with": steps(layers, every, per, folder)}
+            times = timing.interleave(cases, rounds=rounds, seconds=0.05)
+        added = [(one - other) / STRETCH for one, other in zip(times["with"].cpu, times["without"].cpu, strict=True)]
+        least = (min(times["with"].cpu) - min(times["without"].cpu)) / STRETCH
+        name = f"{2 * layers} tensors, measure_per={per}, log_every_n_steps={every}"
+        rows.append([str(2 * layers), str(per), str(every), f"{statistics.median(added):+.1f}", f"{least:+.1f}"])
+        data[name] = {"added": added, "added, least": least}
+        print(rows[-1], flush=True)
+    head = ["tensors", "measure_per", "log_every_n_steps", "history=True adds, median", "least to least"]
+    return "\nMicroseconds of CPU time per step that `history=True` adds to a clipper.\n\n" + table(head, rows), data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few rounds; under a minute")
@@ -104,7 +152,8 @@ def main() -> None:
         "Microseconds of CPU time per step, one thread. The callback keeps all statistics and logs every 50 steps.\n\n"
     )
     head = ["tensors", "trainer", "step, median", "above bare, median", "above bare, least to least"]
-    timing.write("trainer", "In a Trainer", text + table(head, rows), data, where)
+    more, data["history"] = history(11 if rounds == 3 else 41)
+    timing.write("trainer", "In a Trainer", text + table(head, rows) + more, data, where)
 
 
 if __name__ == "__main__":

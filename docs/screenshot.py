@@ -1,88 +1,73 @@
-"""Makes report.png, the picture in the README: trains, records, writes the report and looks at it in a browser.
+"""Makes the README's pictures: runs the commands of its section "Look first" and looks at the pages in a browser.
 
     python docs/screenshot.py
 
-Takes half a minute; needs the `dev` extra and a Chromium.
+Takes a minute; needs the `dev` extra and a Chromium.
 """
 
 import io
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
-from playwright.sync_api import sync_playwright
-from torch import nn
+from playwright.sync_api import Page, sync_playwright
 
-from lightning_gradclip import Clipper, NormClip
-from lightning_gradclip.history_writer import HistoryWriter
-from lightning_gradclip.report.find import find_runs
-from lightning_gradclip.report.page import write_report
-from lightning_gradclip.stats import Row
-
-PICTURE = Path(__file__).with_name("report.png")
-STEPS = 1500
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PROGRAMS = {"python": sys.executable, "lightning-gradclip": str(Path(sys.executable).with_name("lightning-gradclip"))}
 
 
-class Adder(nn.Module):
-    """Two recurrent layers that add the two marked numbers of a sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.RNN(2, 48, batch_first=True)
-        self.second = nn.RNN(48, 48, batch_first=True)
-        self.head = nn.Linear(48, 1)
-        for layer in (self.first, self.second):
-            # Wide enough that gradients explode now and then.
-            nn.init.orthogonal_(layer.weight_hh_l0, 1.15)
-
-    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
-        hidden, _ = self.second(self.first(sequence)[0])
-        return self.head(hidden[:, -1])[:, 0]
+def commands() -> list[list[str]]:
+    """Those of the first block of commands below the heading."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n### Look first\n")[2]
+    block = re.search(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    return [[PROGRAMS[program], *arguments] for program, *arguments in lines]
 
 
-def batch(count: int = 32, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    values, marks = torch.rand(count, length), torch.zeros(count, length)
-    places = torch.rand(count, length).argsort(1)[:, :2]
-    marks.scatter_(1, places, 1.0)
-    return torch.stack([values, marks], 2), (values * marks).sum(1)
-
-
-def train(folder: Path) -> None:
-    torch.manual_seed(1)
-    model = Adder()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    method = NormClip(max_norm=2.0)
-    clipper = Clipper(model.named_parameters(), method, optimizer=optimizer)
-    parameters = NormClip(per="parameter", max_norm=float("inf"))
-    watcher = Clipper(model.named_parameters(), parameters, optimizer=optimizer, action="observe")
-    with HistoryWriter(folder, columns=Row._fields, method=method, measure_per="parameter") as history:
-        for step in range(STEPS):
-            inputs, sums = batch()
-            optimizer.zero_grad()
-            (model(inputs) - sums).square().mean().backward()
-            measured, stats = watcher.step(), clipper.step()
-            optimizer.step()
-            history.append([step], [stats.row], measured.scopes, np.array([measured.sizes.tolist()]))
-
-
-def picture(page: Path) -> None:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 860, "height": 1000}, color_scheme="light")
-        opened.goto(page.as_uri())
-        opened.wait_for_selector("html[data-drawn=yes]")
-        taken = opened.screenshot(clip={"x": 0, "y": 0, "width": 860, "height": 1000})
-        browser.close()
+def picture(page: Page, name: str, clip: dict[str, Any]) -> None:
+    taken = page.screenshot(full_page=True, clip=clip)
     # A palette takes a third of the space.
     whole = Image.open(io.BytesIO(taken)).convert("RGB")
-    whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(PICTURE, optimize=True)
+    whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(DOCS / name, optimize=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        os.symlink(ROOT / "examples", Path(folder) / "examples")
+        for command in commands():
+            subprocess.run(command, cwd=folder, check=True)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+
+        def opened(name: str, width: int) -> Page:
+            page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme="light")
+            page.goto((Path(folder) / name).as_uri())
+            page.wait_for_selector("html[data-drawn=yes]")
+            return page
+
+        page = opened("observed.html", 860)
+        picture(page, "report.png", {"x": 0, "y": 0, "width": 860, "height": 1010})
+        # From the what-if curve to the map of the layers.
+        top = page.locator("#what-if").bounding_box()
+        end = page.locator("[data-chart=heat]").bounding_box()
+        assert top is not None
+        assert end is not None
+        height = end["y"] + end["height"] - top["y"] + 30
+        picture(page, "layers.png", {"x": 0, "y": top["y"] - 10, "width": 860, "height": height})
+        page = opened("compared.html", 1100)
+        end = page.locator("[data-chart=norms]").first.bounding_box()
+        assert end is not None
+        picture(page, "compared.png", {"x": 0, "y": 0, "width": 1100, "height": end["y"] + end["height"] + 10})
+        browser.close()
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        train(Path(folder) / "lightning_logs" / "version_0" / "gradclip")
-        write_report(find_runs([folder]), Path(folder) / "report.html")
-        picture(Path(folder) / "report.html")
+    main()

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from outcome import in_sweep, record
+from report import report
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +68,9 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
         rows[key.replace("val/", "validation ")] = f"{value:,.4g} (guessing: {guessing[key]:.4g})"
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
     rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
+    if node.get("history"):
+        written = report(trainer)
+        rows["report"] = short(written) if Path(written).is_file() else written
     show("Outcome", rows)
     if stopped:
         say(f"Training diverged and stopped: {stopped}")

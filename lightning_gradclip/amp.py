@@ -6,6 +6,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from lightning_gradclip import layout
+
 
 def is_enabled(scaler: GradScaler | None) -> bool:
     """Whether losses are scaled at all, and overflowing steps skipped by the scaler."""
@@ -19,11 +21,33 @@ def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     return states[id(optimizer)]["stage"] is not OptState.READY
 
 
-def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the gradients unless that is done already."""
-    present = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+def unscale_(scaler: GradScaler, optimizer: Optimizer, *, together: bool = False) -> None:
+    """Unscale the gradients unless that is done already, or there are none.
+
+    With `together` also where this rank has none: FSDP's scaler asks the other ranks meanwhile.
+    """
+    present = together or any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     if present and not is_unscaled(scaler, optimizer):
         scaler.unscale_(optimizer)
+
+
+def agree(scaler: GradScaler, optimizer: Optimizer, finite: float | torch.Tensor) -> None:
+    """Have the scaler drop the step where some rank's gradients are not finite.
+
+    torch's looks at what its own rank holds, and on meshes of two dimensions asks only some of the others: one rank
+    would drop a step that another takes.
+    """
+    found: dict[torch.device, torch.Tensor]
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]  # pyright: ignore[reportPrivateUsage]
+    for device, shared in found.items():
+        # FSDP's scaler keeps one number in a vector, which fused optimizers refuse.
+        one = layout.local(shared)
+        if one is shared and one.ndim:
+            one = found[device] = one.view(())
+        if isinstance(finite, torch.Tensor):
+            one.copy_(torch.maximum(one, (1 - finite).to(one)))
+        elif not finite:
+            one.fill_(1.0)
 
 
 def pending_scale(scaler: GradScaler, optimizer: Optimizer) -> float | torch.Tensor:

@@ -1,24 +1,24 @@
-"""The Lightning callback: hooks, conflict checks, logging and checkpoint state around one clipper per optimizer."""
+"""The Lightning callback: hooks, conflict checks and checkpoint state around one clipper per optimizer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, progress, strategy
+from lightning_gradclip import amp, checks, conflicts, delegated, progress, strategy
 from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
-from lightning_gradclip.framework import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_gradclip.delegated import Delegated
+from lightning_gradclip.framework import Callback, LightningModule, Trainer
+from lightning_gradclip.history_place import history_opening
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.policy import REQUIRED, Policy, check_options
-
-# DeepSpeed's engine keeps its gradients to itself, and XLA's precision plugins average them after the hook.
-# By name, so that those of the package pytorch_lightning are known too.
-_UNSUPPORTED = {"DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
-_IN_BAR = ("norm", "clip_rate")
+from lightning_gradclip.publisher import Publisher
+from lightning_gradclip.recorder import Recorder
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -42,9 +42,14 @@ class GradientClipping(KnownArguments, Callback):
         name: Prefix of the metrics and part of the checkpoint key; two callbacks need two names.
         log: Whether to log to the trainer's loggers and `trainer.callback_metrics`.
         log_every_n_steps: Steps between two log events; None: the trainer's setting.
-        measure_per: "group", "layer" or "parameter": also log the norms of these scopes.
+        measure_per: "group", "layer" or "parameter": also log and record the norms of these scopes.
         prog_bar: Whether to show norm and clip rate in the progress bar.
-        history: Record every step; not available in this version.
+        history: True records every step in a folder `name` in the logger's directory, or in `default_root_dir` without
+            a logger; a path names the folder; several optimizers have a folder each in it. Written at log events, at
+            checkpoints and at the end: in between at most 1,024 steps, or 2**18 norms of scopes, wait in memory.
+            `lightning-gradclip report` and `advise` read it.
+        histograms: Whether to log a histogram of the norms since the last log event too, as `name/norms`; for
+            TensorBoard and Weights & Biases.
         fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
             the gradients, which then stay unclipped for hooks that come later; for methods with per="model".
 
@@ -70,13 +75,12 @@ class GradientClipping(KnownArguments, Callback):
         log_every_n_steps: int | None = None,
         measure_per: str | None = None,
         prog_bar: bool = False,
-        history: bool | str = False,
+        history: bool | str | os.PathLike[str] = False,
+        histograms: bool = False,
         fold: bool = False,
     ) -> None:
         self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
         check_options(method, action, measure_per=measure_per, fold=fold)
-        if history is not False:
-            raise ValueError(f"history={history!r} is not available in this version; use history=False")
         if optimizer is not None:
             checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
         if log_every_n_steps is not None:
@@ -95,6 +99,10 @@ class GradientClipping(KnownArguments, Callback):
         self._logs = checks.flag("log", log)
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = checks.flag("prog_bar", prog_bar)
+        self.history = checks.folder("history", history)
+        self.histograms = checks.flag("histograms", histograms)
+        if histograms and not log:
+            raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
         self._options: dict[str, Any] = {
             "action": action,
             "nonfinite": nonfinite,
@@ -104,9 +112,12 @@ class GradientClipping(KnownArguments, Callback):
             "measure_per": measure_per,
             "fold": fold,
         }
-        self._clippers: dict[int, Clipper] = {}
+        self._clippers: dict[int, Clipper | Delegated] = {}
+        self._delegated: Delegated | None = None
         self._saved: dict[int, Any] = {}
-        self._several = False
+        self._saved_norms: dict[int, Any] = {}
+        self._publisher = Publisher(name, every=log_every_n_steps, prog_bar=prog_bar)
+        self._recorder = Recorder(None, histograms=False)
         self._last_batch = 0
         self._had_backward = False
         self._saw_step, self._batches = False, 0
@@ -119,14 +130,23 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._refuse_conflicts(trainer, pl_module)
+        measure_per, writes = self._options["measure_per"], self._policy.writes
+        conflicts.refuse(trainer, pl_module, self, measure_per=measure_per, writes=writes)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
-        self._clippers, self._saved = {}, {}
+        self._clippers, self._saved, self._saved_norms = {}, {}, {}
         self._saw_step, self._batches = False, 0
+        self._recorder = Recorder(None, histograms=False)
+        if delegated.is_delegated(trainer):
+            self._delegated = Delegated(trainer, self.method, self._options)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._delegated is not None:
+            self._delegated.take_back()
+            self._delegated = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
-        self._several = count > 1 and self.optimizer is None
+        several = count > 1 and self.optimizer is None
         if self.optimizer is not None and count and self.optimizer >= count:
             known = "optimizer 0 only" if count == 1 else f"optimizers 0 to {count - 1}"
             raise ValueError(
@@ -136,19 +156,31 @@ class GradientClipping(KnownArguments, Callback):
         if lost := sorted(index for index in self._saved if index >= count):
             rank_zero_warn(f"dropped the clipping state of optimizers {lost}: the module configures {count}")
             self._saved = {index: state for index, state in self._saved.items() if index < count}
+        self._publisher.several = several
+        settings = {"method": self.method, "action": self._policy.action, "measure_per": self._options["measure_per"]}
+        opening = history_opening(trainer, self.history, self.name, several=several, only=self.optimizer, **settings)
+        self._recorder = Recorder(opening, histograms=self.histograms and trainer.is_global_zero)
+        self._recorder.load_state_dict(self._saved_norms)
+        self._saved_norms = {}
+        if self._delegated is not None:
+            self._delegated.start()
+            self._take_up(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
         self._batches += 1
+        self._recorder.begin_batch(progress.batches(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._had_backward = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._saw_step = True
+        if self._delegated is not None:
+            return
         index = progress.position(trainer, optimizer)
         if index is None:
-            self._refuse_stranger(optimizer)
+            conflicts.refuse_stranger(optimizer, writes=self._policy.writes)
             return
         if self.optimizer is not None and index != self.optimizer:
             return
@@ -157,8 +189,9 @@ class GradientClipping(KnownArguments, Callback):
             # training_step returned None: under a scaler Lightning neither unscales nor steps.
             return
         clipper = self._clippers.get(index)
-        if clipper is None or clipper.optimizer is not optimizer:
-            clipper = self._clippers[index] = self._clipper(trainer, pl_module, optimizer, index)
+        if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
+            clipper = self._clipper(trainer, pl_module, optimizer, clipper)
+            self._take_up(clipper, index)
         self._last_batch = progress.batches(trainer)
         clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
             trainer, with_next_step=True
@@ -168,18 +201,22 @@ class GradientClipping(KnownArguments, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._logs and (progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer)):
+        if self._delegated is not None:
+            self._delegated.record()
+        if progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
-            self._flush(trainer, progress.batches(trainer))
+            norms = self._recorder.take_norms()
+            if self._logs:
+                self._publisher.publish(trainer, self._clippers, progress.batches(trainer), norms)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
         if self._logs and not trainer.sanity_checking:
-            self._show(trainer, dict(self._metrics(clear=False)))
+            self._publisher.preview(trainer, self._clippers)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._logs:
-            self._show(trainer, dict(self._metrics(clear=False)))
+            self._publisher.preview(trainer, self._clippers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._batches and not self._saw_step and not pl_module.automatic_optimization:
@@ -187,94 +224,48 @@ class GradientClipping(KnownArguments, Callback):
                 f"{type(self).__name__} saw no optimizer step in {self._batches} batches, so nothing was clipped; "
                 "under manual optimization step the optimizers that self.optimizers() returns"
             )
-        if self._logs:
-            self._flush_rest(trainer)
+        self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The steps that led here; after other errors the device may not answer any more.
-        if self._logs and isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
-            self._flush_rest(trainer)
+        if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
+            self._finish(trainer)
+        else:
+            lost = isinstance(exception, RuntimeError) and not isinstance(exception, torch.OutOfMemoryError)
+            self._recorder.close(device_answers=not lost)
 
     def state_dict(self) -> dict[str, Any]:
         live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
-        return {"clippers": {**self._saved, **live}}
+        # Writes what is pending too: a run that resumes here takes the steps after it, and none of those before.
+        norms = {**self._saved_norms, **self._recorder.state_dict()}
+        return {"clippers": {**self._saved, **live}, **({"norms": norms} if norms else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = dict(state_dict["clippers"])
+        self._saved_norms = dict(state_dict.get("norms", {}))
         self._clippers = {}
 
-    def _refuse_conflicts(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clip_val = trainer.gradient_clip_val
-        if clip_val and self._policy.writes:
-            raise MisconfigurationException(
-                f"both Trainer(gradient_clip_val={clip_val}) and {type(self).__name__}({self.method!r}) clip; remove "
-                "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
-            )
-        if _UNSUPPORTED & {base.__name__ for base in type(trainer.strategy).__mro__}:
-            raise MisconfigurationException(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, under which it would see "
-                "gradients that are not final; train with 'ddp', 'fsdp' or ModelParallelStrategy, or use "
-                "Trainer(gradient_clip_val=...) where it works"
-            )
-        scopes = {self._options["measure_per"], None if self.method is None else self.method.per}
-        if lost := strategy.lost_scopes(trainer.strategy, pl_module, scopes):
-            raise MisconfigurationException(f"{type(self).__name__}({self.method!r}) cannot work: {lost}")
-        callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
-        twins = [one for one in callbacks if isinstance(one, GradientClipping) and one.name == self.name]
-        if len(twins) > 1:
-            raise MisconfigurationException(
-                f"{len(twins)} {type(self).__name__} callbacks are named {self.name!r}; give each a name of its own, "
-                f"such as name={self.name + '_2'!r}"
-            )
-
-    def _refuse_stranger(self, optimizer: Optimizer) -> None:
-        if self._policy.writes:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
-                "return it from configure_optimizers"
-            )
-
-    def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
+    def _clipper(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
+    ) -> Clipper:
         # The root of FSDP is a wrapper around the module.
         model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
         clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
-        if index in self._saved:
-            clipper.load_state_dict(self._saved.pop(index))
-        elif index in self._clippers:
+        if isinstance(before, Clipper):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.
-            clipper.follow(self._clippers[index])
+            clipper.follow(before)
         return clipper
 
-    def _metrics(self, *, clear: bool) -> Iterator[tuple[str, float]]:
-        for index, clipper in sorted(self._clippers.items()):
-            prefix = f"{self.name}/{index}/" if self._several else f"{self.name}/"
-            if not clipper.serves_any or not (clear or clipper.has_news):
-                continue
-            for key, value in (clipper.metrics() if clear else clipper.peek()).items():
-                yield prefix + key, value
+    def _take_up(self, clipper: Clipper | Delegated, index: int) -> None:
+        """Log, record and save this one for the optimizer of this index, from where a checkpoint left off."""
+        if index in self._saved:
+            clipper.load_state_dict(self._saved.pop(index))
+        self._clippers[index] = clipper
+        self._recorder.listen_to(clipper, index)
 
-    def _flush_rest(self, trainer: Trainer) -> None:
-        """Log the steps after the last log event, where Lightning does not save the loggers any more."""
-        if any(clipper.has_news for clipper in self._clippers.values()):
-            self._flush(trainer, self._last_batch)
-            if trainer.is_global_zero:
-                for logger in trainer.loggers:
-                    logger.save()
-
-    def _flush(self, trainer: Trainer, step: int) -> None:
-        """Aggregate the window and write it on Lightning's own step axis."""
-        metrics = dict(self._metrics(clear=True))
-        if not metrics:
-            return
-        self._show(trainer, metrics)
-        every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
-
-    def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        tensors = {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in metrics.items()}
-        trainer.callback_metrics.update(tensors)
-        if self.prog_bar:
-            shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}
-            trainer.progress_bar_metrics.update(shown)  # type: ignore[attr-defined]
+    def _finish(self, trainer: Trainer) -> None:
+        """Record and log what is left, which is done only once."""
+        norms = self._recorder.take_norms()
+        self._recorder.close()
+        if self._logs:
+            self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)

@@ -1,6 +1,7 @@
 """Argument checks: one sentence of fact with the value, one of remedy."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import cast
@@ -64,6 +65,18 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
     return value
+
+
+def folder(name: str, value: object) -> bool | str:
+    """Return True, False, or the name of a folder as a string."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be True, False or a folder, got {value!r} ({type(value).__name__})")
+    path = os.fspath(cast("str | os.PathLike[str]", value))
+    if not path or "://" in path:
+        raise ValueError(f"{name} must name a folder on a file system of this machine, got {path!r}")
+    return path
 
 
 def patterns(name: str, value: object) -> tuple[str, ...]:

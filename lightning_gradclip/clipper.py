@@ -3,7 +3,7 @@
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ class Clipper:
         self._fold = _fold_for(optimizer) if fold else None
         self._steps = 0
         self._window = Window()
+        # Told of every recorded step, also of one that then raises.
+        self.listener: Callable[[StepStats], None] | None = None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
         self._select()
@@ -128,6 +130,8 @@ class Clipper:
             outcome = self._limiter.judge(gradients, self._steps, scale)
             if outcome.nothing:
                 return self._nothing()
+            if scaler is not None and self._reducer is not None and self._policy.writes and self._optimizer is not None:
+                amp.agree(scaler, self._optimizer, outcome.finite)
             verdict = self._actor.act(outcome, self._steps, scaler)
             self._steps += 1
             stats = self._record(verdict)
@@ -228,17 +232,22 @@ class Clipper:
                 "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
                 "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
             )
-        if not self._policy.writes or self._fold is not None:
+        # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
+        folds = self._fold is not None and self._reducer is None
+        if not self._policy.writes or folds:
             return amp.pending_scale(scaler, self._optimizer)
-        amp.unscale_(scaler, self._optimizer)
+        amp.unscale_(scaler, self._optimizer, together=self._reducer is not None)
         return 1.0
 
     def _record(self, verdict: Verdict) -> StepStats:
-        outcome, row = verdict.outcome, verdict.row
+        outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
         self._window.add(row)
-        if self._limiter.measured is not None and outcome.measured is not None:
-            self._window.add_scopes(self._limiter.measured.names, outcome.measured)
-        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes)
+        if places is not None and outcome.measured is not None:
+            self._window.add_scopes(places.names, outcome.measured)
+        stats = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+        if self.listener is not None:
+            self.listener(stats)
+        return stats
 
     def _nothing(self) -> StepStats:
         sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 else:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-__all__ = ["Callback", "LightningModule", "MisconfigurationException", "Trainer"]
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "Logger",
+    "MisconfigurationException",
+    "TensorBoardLogger",
+    "Trainer",
+    "WandbLogger",
+]

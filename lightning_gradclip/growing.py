@@ -8,6 +8,7 @@ finds whole rows only. What lies behind the counted rows is dropped by the next 
 import math
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,9 @@ class GrowingArray:
         self.rows = rows
 
     def _write(self, offset: int, content: bytes) -> None:
-        self._file.seek(offset)
-        rest = memoryview(content)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        while content:
+            written = os.pwrite(self._file.fileno(), content, offset)
+            content, offset = content[written:], offset + written
 
 
 def count_rows(path: Path, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> int:
@@ -125,9 +125,13 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@lru_cache
+def _description(dtype: np.dtype) -> str:
+    return repr(np.lib.format.dtype_to_descr(dtype))
+
+
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The header of .npy format 1.0, with its keys in NumPy's own order."""
-    description = np.lib.format.dtype_to_descr(dtype)
-    text = f"{{'descr': {description!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    text = f"{{'descr': {_description(dtype)}, 'fortran_order': False, 'shape': {shape!r}, }}"
     length = HEADER_BYTES - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.encode("ascii").ljust(length - 1) + b"\n"

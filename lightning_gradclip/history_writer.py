@@ -148,7 +148,8 @@ class HistoryWriter:
         for name, column in self._picked.items():
             # A flag is set where its number is not zero.
             packed[name] = matrix[:, column]
-        if len(numbers) and (packed["step"][0] < self._last_step or (np.diff(packed["step"]) < 0).any()):
+        order = packed["step"]
+        if len(numbers) and (order[0] < self._last_step or (order[1:] < order[:-1]).any()):
             raise ValueError(
                 f"step {packed['step'].min()} comes after step {max(self._last_step, packed['step'].max())}; "
                 "to go back open the history again with start_step="
@@ -214,6 +215,8 @@ def _pick(columns: Sequence[str]) -> dict[str, int]:
 
 
 def _checked_norms(scopes: Sequence[str], norms: npt.ArrayLike | None, count: int) -> Norms:
+    if norms is None and not scopes:
+        return np.empty((count, 0), NORM)
     # What is beyond float32 is infinite there, which is what a reader should see.
     with np.errstate(over="ignore"):
         matrix = np.asarray(np.empty((count, 0)) if norms is None else norms).astype(NORM)

@@ -1,10 +1,12 @@
 """How a parameter is laid out over the ranks: whole, cut by FSDP, or a DTensor on a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -13,37 +15,46 @@ class Layout:
     """How one parameter, and with it its gradient, is laid out over the ranks.
 
     Attributes:
+        numel: How many entries it has over all ranks.
         pieces: How many different pieces it is cut into; 1: every rank holds all of it.
+        ranks: The ranks among which it is cut or copied, if those are not all of the run.
         flattened: Whether the pieces are cut from a flat vector, so that rows fall into several pieces.
         joined: Whether several parameters of the model were joined into this one.
         distributed: Whether it is a DTensor.
-        numel: The number of its entries, where its pieces hold others that fill them up.
     """
 
-    pieces: int
+    numel: int
+    pieces: int = 1
+    ranks: tuple[int, ...] | None = None
     flattened: bool = False
     joined: bool = False
     distributed: bool = False
-    numel: int | None = None
 
 
-def layouts(named: Mapping[str, Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
+def layouts(names: Sequence[str], params: Sequence[Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
     """The layout of each parameter.
 
     Args:
-        named: Parameters by name.
+        names: The names of the parameters.
+        params: The parameters.
         module: The module that holds them; FSDP's own parameters do not know which ranks share them.
 
     Raises:
         ValueError: If a parameter was flattened by FSDP and the module is not known or does not hold it.
     """
     flat = {} if module is None else _flattened(module)
-    return tuple(_layout(name, parameter, flat) for name, parameter in named.items())
+    return tuple(_layout(name, parameter, flat) for name, parameter in zip(names, params, strict=True))
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; importing the class would cost half a second, and most runs have none."""
-    return type(tensor) is not Tensor and any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
+    """Whether this is a DTensor."""
+    return type(tensor) is not Tensor and _is_distributed(type(tensor))
+
+
+@lru_cache(maxsize=64)
+def _is_distributed(kind: type[Tensor]) -> bool:
+    # Importing the class would cost half a second, and most runs have none.
+    return any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -53,16 +64,26 @@ def local(tensor: Tensor) -> Tensor:
     distributed: Any = tensor.detach() if tensor.requires_grad else tensor
     piece = distributed.to_local()
     # A collective that still runs in the background hands out a tensor that waits for it.
-    wait = getattr(piece, "wait", None)
-    return piece if wait is None else wait()
+    return piece if type(piece) is Tensor else getattr(piece, "wait", lambda: piece)()
+
+
+def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
+    """A tensor like this one of which this rank holds this piece."""
+    if not is_distributed(tensor):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    distributed: Any = tensor
+    like: Any = {"shape": distributed.shape, "stride": distributed.stride()}
+    return DTensor.from_local(piece, distributed.device_mesh, distributed.placements, run_check=False, **like)
 
 
 def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient laid out like its parameter: what is still to be added up over ranks is added up, by a collective."""
-    if not is_distributed(gradient):
+    if not is_distributed(gradient) or not is_distributed(parameter):
         return gradient
     distributed: Any = gradient
-    wanted = getattr(parameter, "placements", distributed.placements)
+    wanted = getattr(parameter, "placements", None)
     return gradient if distributed.placements == wanted else distributed.redistribute(placements=wanted)
 
 
@@ -76,7 +97,7 @@ def rows(parameter: Tensor) -> Tensor | None:
     mesh = distributed.device_mesh
     # What the mesh does to the rows it does to their numbers, and taking a part of what is whole communicates nothing.
     along = [one if getattr(one, "dim", None) == 0 else Replicate() for one in distributed.placements]
-    numbers = torch.arange(parameter.shape[0], device=local(parameter).device)
+    numbers = torch.arange(parameter.shape[0], device=mesh.device_type)
     whole = DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local(whole.redistribute(placements=along))
 
@@ -84,11 +105,12 @@ def rows(parameter: Tensor) -> Tensor | None:
 def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
     if is_distributed(parameter):
         distributed: Any = parameter
+        mesh = distributed.device_mesh
         pieces = 1
         for dim, placement in enumerate(distributed.placements):
             if not placement.is_replicate():
-                pieces *= distributed.device_mesh.size(dim)
-        return Layout(pieces, distributed=True)
+                pieces *= mesh.size(dim)
+        return Layout(parameter.numel(), pieces, _ranks_of(mesh), distributed=True)
     if id(parameter) in flat:
         return flat[id(parameter)]
     if getattr(parameter, "_fsdp_flattened", False):
@@ -96,7 +118,17 @@ def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
             f"parameter {name!r} is flattened by FSDP, and only the module knows the ranks that share it; "
             "pass the module wrapped in FSDP instead of its named parameters: Clipper(model, ...)"
         )
-    return Layout(1)
+    return Layout(parameter.numel())
+
+
+def _ranks_of(mesh: Any) -> tuple[int, ...] | None:
+    # Of a part of a mesh the other parts hold copies, and there is no public way from it to the whole.
+    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+    return _unless_all(root.mesh.flatten().tolist())
+
+
+def _unless_all(ranks: Sequence[int]) -> tuple[int, ...] | None:
+    return tuple(ranks) if len(ranks) < dist.get_world_size() else None
 
 
 def _flattened(module: nn.Module) -> dict[int, Layout]:
@@ -111,11 +143,14 @@ def _flattened(module: nn.Module) -> dict[int, Layout]:
         handle: Any = one._handle  # pyright: ignore[reportPrivateUsage]
         if handle is None:
             continue
-        ranks: Any = one.process_group
+        group: Any = one.process_group
         whole = one.sharding_strategy is ShardingStrategy.NO_SHARD
-        pieces = 1 if whole else ranks.size()
-        flat: Any = handle.flat_param
-        found[id(flat)] = Layout(pieces, flattened=True, joined=True, numel=sum(flat._numels))
-        for parameter in flat._params or ():
-            found[id(parameter)] = Layout(pieces, flattened=not whole)
+        pieces = 1 if whole else group.size()
+        # There are copies outside the group.
+        hybrid = "HYBRID" in one.sharding_strategy.name
+        ranks = None if hybrid else _unless_all(dist.get_process_group_ranks(group))
+        numels = handle.flat_param._numels
+        found[id(handle.flat_param)] = Layout(sum(numels), pieces, ranks, flattened=True, joined=True)
+        for parameter, numel in zip(handle.flat_param._params or (), numels, strict=False):
+            found[id(parameter)] = Layout(numel, pieces, ranks, flattened=not whole)
     return found

@@ -40,6 +40,11 @@ class Outcome:
     measured: Tensor | None
     nothing: bool
 
+    @property
+    def finite(self) -> float | Tensor:
+        """Whether all gradients are finite, 1 or 0, where the row is."""
+        return self.row.finite if isinstance(self.row, Row) else self.row[Row._fields.index("finite")]
+
 
 class Limiter:
     """Runs one method over the parameters of one optimizer and keeps its learned values in order.

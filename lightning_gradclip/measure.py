@@ -1,11 +1,12 @@
 """Gradients to sizes: p-norms in float32 or wider, reading each gradient once.
 
 Two float32 entries of 1e20 overflow when squared and entries of 1e-25 vanish. A norm outside the range in which the
-fast sum is exact is therefore measured again in float64, scaled by the largest entry: on CPU each norm that
-needs it; on other devices, where looking at each would make the host wait, all of them when the host reads a joint norm
-that is out of range.
+fast sum is exact is therefore measured again in float64, scaled by the largest entry: on CPU each norm that needs it
+(NaN does not, since finite entries never add up to it); on other devices, where looking at each would make the host
+wait, all of them when the host reads a joint norm that is out of range.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -48,7 +49,8 @@ class Meter:
         if found is None:
             return None
         low, high = torch.aminmax(found) if len(found) else (found.new_ones(()),) * 2
-        if not self._is_suspect(low.item()) and not self._is_suspect(high.item()):
+        # Where one is NaN both are.
+        if pnorm.smallest(self._norm_type) <= low.item() and high.item() < math.inf:
             return found
         for place, norm in enumerate(found.tolist()):
             tensor = tensors[place]
@@ -61,7 +63,8 @@ class Meter:
         norm = self._read(tensors, False, Plan.joint)
         if norm is None or not self._is_suspect(norm):
             return norm
-        return pnorm.joint_norm(exact_norms(tensors, self._norm_type), self._norm_type).item()
+        norms = self.each_on_host(tensors)
+        return None if norms is None else pnorm.joint_norm(norms, self._norm_type).item()
 
     def count(self, tensors: Tensors) -> int:
         """The number of entries of tensors on CPU."""
@@ -83,7 +86,7 @@ class Meter:
         return reading(plan, tensors)
 
     def _is_suspect(self, norm: float) -> bool:
-        return pnorm.is_suspect(norm, self._norm_type)
+        return not math.isnan(norm) and pnorm.is_suspect(norm, self._norm_type)
 
 
 def exact_norms(tensors: Tensors, norm_type: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 What costs is, for large tensors, one pass over the memory; for small ones, the calls. So
 
-- large tensors are read where they lie, as rows of 512 entries, whose norms torch computes on all threads;
+- large tensors are read where they lie, as rows of up to 512 entries, whose norms torch computes on all threads;
 - small ones are copied together, a mebibyte at a time, so that the copy stays in the cache and a call serves many;
 - the few that are neither dense nor real are measured one by one.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import foreach, pnorm
-from lightning_gradclip.rows import BLOCK, REAL, ROW, append_rows, joined, norms_along
+from lightning_gradclip.rows import BLOCK, REAL, ROW, all_joined, append_rows, joined, norms_along
 
 # Up to here copying a tensor costs less than a call for it.
 SMALL = 2**14
@@ -75,6 +75,7 @@ class Batch:
             or together.layout is not torch.strided
             or together.device.type != "cpu"
             or together.numel() != self.numel
+            or (self.shape is not None and together.shape[together.ndim - len(self.shape) :] != self.shape)
         ):
             raise OutdatedError
         if self.shape is None:
@@ -135,9 +136,9 @@ class Plan:
             return torch.linalg.vector_norm(self._batches[0].gathered(gradients), self._norm_type).item()
         pieces: list[Tensor] = []
         for batch in self._batches:
-            append_rows(pieces, batch.gathered(gradients).view(-1), self._norm_type)
+            append_rows(pieces, batch.gathered(gradients), self._norm_type)
         for place, dtype, numel in self._large:
-            append_rows(pieces, _flat(gradients[place], dtype, numel), self._norm_type)
+            append_rows(pieces, _dense(gradients[place], dtype, numel), self._norm_type)
         pieces += [_norm_of(gradients[place], numel, self._norm_type) for place, numel in self._others]
         return joined(pieces, self._norm_type).item()
 
@@ -148,10 +149,12 @@ class Plan:
             OutdatedError: If some gradient is not as it was.
         """
         pieces = [norms_along(batch.gathered(gradients), self._norm_type) for batch in self._batches]
+        of_rows: list[list[Tensor]] = []
         for place, dtype, numel in self._large:
-            rows: list[Tensor] = []
-            append_rows(rows, _flat(gradients[place], dtype, numel), self._norm_type)
-            pieces.append(joined(rows, self._norm_type).view(1))
+            of_rows.append([])
+            append_rows(of_rows[-1], _dense(gradients[place], dtype, numel), self._norm_type)
+        if of_rows:
+            pieces.append(all_joined(of_rows, self._norm_type))
         pieces += [_norm_of(gradients[place], numel, self._norm_type) for place, numel in self._others]
         result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
         if not pieces:
@@ -195,19 +198,16 @@ def _blocks(places: Sequence[int], gradients: Sequence[Tensor | None]) -> Iterat
     yield tuple(block), entries
 
 
-def _is_dense_on_cpu(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu"
-
-
-def _flat(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
-    """The entries of a large gradient in the order of the memory, `(numel,)`."""
-    if gradient is None or gradient.dtype is not dtype or gradient.numel() != numel:
+def _dense(gradient: Tensor | None, dtype: torch.dtype, numel: int) -> Tensor:
+    """The entries of a large gradient in the order of the memory, contiguous."""
+    if gradient is None or gradient.dtype is not dtype or gradient.numel() != numel or not gradient.is_cpu:
         raise OutdatedError
-    if not _is_dense_on_cpu(gradient):
+    if gradient.is_contiguous():
+        return gradient
+    if gradient.layout is not torch.strided:
         raise OutdatedError
-    value = pnorm.in_memory_order(gradient)
     # Strided or expanded, which autograd does not produce: a copy.
-    return value.view(-1) if value.is_contiguous() else value.reshape(-1)
+    return pnorm.in_memory_order(gradient).contiguous()
 
 
 def _norm_of(gradient: Tensor | None, numel: int, norm_type: float) -> Tensor:

@@ -144,7 +144,7 @@ class Names:
                 "include='*' and exclude=[] admit all"
             )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
-        layouts = layout.layouts(dict(zip(names, params, strict=True)), self._module)
+        layouts = layout.layouts(names, params, self._module)
         return Selection(params, names, of_group, tuple(owned.values()), layouts)
 
     def _admits(self, *names: str) -> bool:

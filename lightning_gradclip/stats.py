@@ -39,12 +39,17 @@ class StepStats:
         size: What was measured in each scope, `(S,)`, or the float of the only one.
         allowed: What was allowed in each scope, `(S,)`, or the float of the only one.
         places: The scopes.
+        measured: Norms of the scopes that `measure_per` asked for, in the order of `measured_scopes`, NaN for absent
+            ones; None without.
+        measured_places: These scopes.
     """
 
     row: Row | Tensor
     size: Tensor | float
     allowed: Tensor | float
     places: Scopes | Units
+    measured: Tensor | None = None
+    measured_places: Scopes | None = None
 
     @property
     def sizes(self) -> Tensor:
@@ -60,6 +65,11 @@ class StepStats:
     def scopes(self) -> tuple[str, ...]:
         """The names of the scopes, `S` of them."""
         return self.places.names
+
+    @property
+    def measured_scopes(self) -> tuple[str, ...]:
+        """The names of the scopes that `measure_per` asked for."""
+        return () if self.measured_places is None else self.measured_places.names
 
     @property
     def norm(self) -> Tensor:

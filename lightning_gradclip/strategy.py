@@ -1,4 +1,4 @@
-"""Which scopes are left under a strategy of Lightning, as far as that is known before it lays out the parameters."""
+"""What a strategy of Lightning is, and which scopes it leaves, as far as that is known before training begins."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,12 +9,14 @@ _JOINED = ("layer", "parameter", "unit")
 _APART = "shard with FSDP2, in Lightning ModelParallelStrategy"
 
 
-def is_fsdp1(strategy: object) -> bool:
-    """Whether the strategy wraps the module in FullyShardedDataParallel.
+def is_any(strategy: object, *names: str) -> bool:
+    """Whether the strategy is of one of these classes; by name, so that those of pytorch_lightning are known too."""
+    return not {base.__name__ for base in type(strategy).__mro__}.isdisjoint(names)
 
-    By name, as for all strategies, so that those of the package pytorch_lightning are known too.
-    """
-    return any(base.__name__ == "FSDPStrategy" for base in type(strategy).__mro__)
+
+def is_fsdp1(strategy: object) -> bool:
+    """Whether the strategy wraps the module in FullyShardedDataParallel."""
+    return is_any(strategy, "FSDPStrategy")
 
 
 def lost_scopes(strategy: Any, module: LightningModule, scopes: Collection[str | None]) -> str | None:
@@ -30,9 +32,8 @@ def lost_scopes(strategy: Any, module: LightningModule, scopes: Collection[str |
     joined = next((scope for scope in _JOINED if scope in scopes), None)
     if not strategy.kwargs.get("use_orig_params") and joined is not None:
         remedy = _APART if joined == "unit" else "set use_orig_params=True, or use per='model' or 'group'"
-        return (
-            f"{name}(use_orig_params=False) joins parameters, so that there is nothing to tell each {joined} by; {remedy}"
-        )
+        reason = f"{name}(use_orig_params=False) joins parameters, so that there is nothing to tell each {joined} by"
+        return f"{reason}; {remedy}"
     if "unit" in scopes and strategy.sharding_strategy.name != "NO_SHARD":
         return (
             f"{name}(sharding_strategy={strategy.sharding_strategy.name!r}) cuts parameters without regard to their "

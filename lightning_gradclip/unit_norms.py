@@ -36,7 +36,8 @@ class UnitMeter:
         self._units = units
         self._norm_type = norm_type
         self._batches: list[Batch] = []
-        self._alone: list[int] = []
+        self._plain: list[tuple[int, torch.Size, torch.dtype]] = []
+        self._others: list[int] = []
         self._order: Tensor | None = None
 
     def norms(self, tensors: Tensors) -> Tensor:
@@ -47,11 +48,14 @@ class UnitMeter:
 
         Returns:
             Norms, `(S,)`, local, float32 or wider, on the device of the first tensor.
+
+        Raises:
+            RuntimeError: If a parameter has another number of units than it had.
         """
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
         if device is None:
             return torch.zeros(self._units.count, dtype=torch.float64, device="cpu")
-        if not self._batches and not self._alone:
+        if not (self._batches or self._plain or self._others):
             self._arrange(tensors)
         try:
             found = self._read(tensors, device)
@@ -75,38 +79,58 @@ class UnitMeter:
 
     def _arrange(self, tensors: Tensors) -> None:
         """Decide which tensors are measured together, and where their units then belong."""
-        self._batches, self._alone = [], []
+        self._batches, self._plain, self._others = [], [], []
         alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
         for place, tensor in enumerate(tensors):
+            self._require_same_count(place, tensor)
             if tensor is not None and _is_small(tensor):
                 alike.setdefault((tensor.dtype, tensor.shape), []).append(place)
+            elif tensor is not None and _is_plain(tensor, self._norm_type):
+                self._plain.append((place, tensor.shape, tensor.dtype))
             else:
-                self._alone.append(place)
+                self._others.append(place)
         for (dtype, shape), places in alike.items():
             size = max(1, BLOCK // max(1, math.prod(shape)))
             for begin in range(0, len(places), size):
                 some = tuple(places[begin : begin + size])
                 self._batches.append(Batch(some, dtype, len(some) * math.prod(shape), shape, alike=True))
-        measured = [place for batch in self._batches for place in batch.places] + self._alone
+        measured = [place for batch in self._batches for place in batch.places]
+        measured += [place for place, *_ in self._plain] + self._others
         starts = self._units.starts
         self._order = None
         if measured != sorted(measured):
             units = torch.cat([torch.arange(starts[i], starts[i + 1], device="cpu") for i in measured])
             self._order = torch.empty_like(units).index_copy_(0, units, torch.arange(len(units), device="cpu"))
 
+    def _require_same_count(self, place: int, tensor: Tensor | None) -> None:
+        rows = self._units.rows[place]
+        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != rows:
+            raise RuntimeError(
+                f"parameter {self._units.parameters[place]!r} had {rows} units and now has the shape "
+                f"{tuple(tensor.shape)}; make a new Clipper where the shape of a parameter changes"
+            )
+
     def _read(self, tensors: Tensors, device: torch.device) -> Tensor:
-        pieces = []
+        pieces: list[Tensor] = []
         for batch in self._batches:
             together = batch.gathered(tensors)
             rows = len(batch.places) * self._units.rows[batch.places[0]]
-            pieces.append(_fast_norms(together.view(rows, -1), self._norm_type).to(device))
-        pieces += [self._norms_of(place, tensors[place], device) for place in self._alone]
+            pieces.append(_fast_norms(together.view(rows, -1), self._norm_type))
+        for place, shape, dtype in self._plain:
+            tensor = tensors[place]
+            same = tensor is not None and tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu
+            if tensor is None or not same or not tensor.is_contiguous():
+                raise OutdatedError
+            pieces.append(pnorm.vector_norm(tensor if len(shape) == 2 else tensor.flatten(1), self._norm_type, dim=1))
+        pieces += [self._norms_of(place, tensors[place], device) for place in self._others]
         # Promotes to the widest among them.
-        found = torch.cat(pieces)
-        return found if self._order is None else found[self._order.to(device)]
+        found = torch.cat(pieces if device.type == "cpu" else [one.to(device) for one in pieces])
+        return found if self._order is None else found.index_select(0, self._order.to(device))
 
     def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
         rows = self._units.rows[place]
+        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != rows:
+            raise OutdatedError
         if tensor is None or tensor.numel() == 0:
             return torch.zeros(rows, dtype=torch.float32, device=device)
         if tensor.is_sparse:
@@ -139,6 +163,13 @@ class UnitMeter:
 def _is_small(tensor: Tensor) -> bool:
     plain = tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.is_complex()
     return plain and 0 < tensor.numel() < SMALL
+
+
+def _is_plain(tensor: Tensor, norm_type: float) -> bool:
+    """Whether torch has the norms of the slices ready in one call."""
+    own = tensor.dtype in (torch.float32, torch.float64) and pnorm.accumulator(tensor.dtype, norm_type) is None
+    dense = own and tensor.is_cpu and tensor.is_contiguous() and tensor.ndim > 1
+    return dense and 0 < tensor.numel() <= _LONG * tensor.shape[0]
 
 
 def _fast_norms(matrix: Tensor, norm_type: float, long: int = _LONG) -> Tensor:

@@ -19,20 +19,9 @@ class UnitLimiter(Limiter):
     def write(self, outcome: Outcome) -> None:
         """Scale the units as the coefficients say; parameters of which no unit is over its limit are not written."""
         coefs = outcome.coefs
-        if not isinstance(coefs, Tensor):
-            return
-        if self._reducer is not None:
-            coefs = coefs[self._places]
-        touched = range(len(self._params))
-        if coefs.device.type == "cpu":
-            touched = self._held_units.index_on(coefs.device)[coefs != 1].unique_consecutive().tolist()
-        starts, sliced = self._held_units.starts, self._held_units.sliced
-        whole = [i for i in touched if not sliced[i]]
-        factors = coefs[pnorm.integers_on(tuple(starts[i] for i in whole), coefs.device)]
-        write.scale_([self._params[i] for i in whole], factors.unbind())
-        for i in touched:
-            if sliced[i]:
-                write.scale_units_(self._params[i], coefs[starts[i] : starts[i + 1]])
+        if isinstance(coefs, Tensor):
+            held = coefs if self._reducer is None else coefs[self._places_on(coefs.device)]
+            write.scale_units_(self._params, self._held_units.rows, held)
 
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         super().serve(selection, reducer)
@@ -40,7 +29,7 @@ class UnitLimiter(Limiter):
         if reducer is not None:
             held = [layout.local(parameter) for parameter in selection.params]
             self._held_units = Units.of(selection.names, held)
-            self._places = _places(self._units, reducer.device)
+            self._places = {torch.device("cpu"): _places(self._units)}
         p = self._method.norm_type
         self._of_gradients, self._of_weights = UnitMeter(self._held_units, p), UnitMeter(self._held_units, p)
 
@@ -49,24 +38,41 @@ class UnitLimiter(Limiter):
         return self._units
 
     def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
-        return self._of_gradients.exact(gradients) if exact else self._of_gradients.norms(gradients)
+        return (
+            self._of_gradients.exact(gradients)
+            if exact
+            else self._alike(self._of_gradients.norms(gradients), gradients)
+        )
 
     def _weights(self) -> Tensor:
         return self._of_weights.norms(self._held())
+
+    def _alike(self, norms: Tensor, gradients: Gradients) -> Tensor:
+        """The same in a dtype that does not depend on which gradients a rank happens to have."""
+        if self._reducer is None:
+            return norms
+        kinds = {pnorm.accumulator(one.dtype, self._method.norm_type) or one.dtype for one in self._params}
+        usual = torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
+        absent = all(gradient is None for gradient in gradients)
+        return norms.to(usual if absent else torch.promote_types(norms.dtype, usual))
 
     def _reduced(self, gradients: Gradients, norms: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Reduced:
         if self._reducer is None:
             return Reduced(tuple(norms))
         present = [gradient is not None for gradient in gradients]
         # Each rank puts what it holds of the units in their places among all units.
+        device = self._reducer.device
+        places = self._places_on(device)
         spread = [
-            torch.zeros(self._units.count, dtype=one.dtype, device=self._reducer.device).index_copy_(
-                0, self._places, one.to(self._reducer.device)
-            )
+            torch.zeros(self._units.count, dtype=one.dtype, device=device).index_copy_(0, places, one.to(device))
             for one in norms
         ]
-        owner = self._units.index_on(self._reducer.device)
-        return self._reducer.reduce(spread, present, self._method.norm_type, counts, owner)
+        return self._reducer.reduce(spread, present, self._method.norm_type, counts, self._units.index_on(device))
+
+    def _places_on(self, device: torch.device) -> Tensor:
+        if device not in self._places:
+            self._places[device] = self._places[torch.device("cpu")].to(device)
+        return self._places[device]
 
     def _scope_norms(self, local: Tensor) -> Tensor:
         return local
@@ -84,11 +90,11 @@ class UnitLimiter(Limiter):
         return pnorm.grouped_norms(wide, index, len(self._params), self._method.norm_type)
 
 
-def _places(units: Units, device: torch.device) -> Tensor:
+def _places(units: Units) -> Tensor:
     """Of the units that this rank holds a part of, the index among all units."""
     pieces: list[Tensor] = []
     for parameter, start, count in zip(units.params, units.starts, units.rows, strict=False):
         rows = layout.rows(parameter)
-        held = torch.arange(count, device=device) if rows is None else rows.to(device)
+        held = torch.arange(count, device="cpu") if rows is None else rows.cpu()
         pieces.append(held + start)
     return torch.cat(pieces)

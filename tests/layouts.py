@@ -5,7 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+# Imported before workers are forked: each of them would take seconds over what FSDP imports when it is first used.
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,13 +66,19 @@ def _start(world: int) -> None:
     assert dist.get_world_size() == world
 
 
-def _fsdp1(strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True) -> Callable[[nn.Module], nn.Module]:
+def _fsdp1(
+    strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True
+) -> Callable[[nn.Module], nn.Module]:
     def apply(module: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
         kind = ShardingStrategy[strategy]
-        options: dict[str, Any] = {"sharding_strategy": kind, "use_orig_params": original, "device_id": torch.device("cpu")}
+        options: dict[str, Any] = {
+            "sharding_strategy": kind,
+            "use_orig_params": original,
+            "device_id": torch.device("cpu"),
+        }
         if strategy == "HYBRID_SHARD":
             options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard"))
         if wrap:

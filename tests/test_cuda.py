@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_gradclip import ClipMethod, Clipper, NormClip
+from lightning_gradclip import ClipMethod, Clipper, NormClip, early_exit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 
@@ -62,6 +62,54 @@ def test_the_host_does_not_wait(cls: type[ClipMethod], per: str) -> None:
         with no_waiting():
             stats = loop.clipper.step()
         assert stats.norm.item() > 0
+
+
+def large_gradients(dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:
+    """So many entries that the kernel takes them, in whole blocks, in parts of one, and where it cannot."""
+    whole = torch.randn(early_exit.LARGE + 5, device="cuda").to(dtype)
+    gradients = [whole, whole[:1001].clone(), whole.clone()[1:1001], torch.randn(70, 90, device="cuda").to(dtype).t()]
+    made = [(f"w{i}", nn.Parameter(torch.zeros_like(one))) for i, one in enumerate(gradients)]
+    for (_, parameter), one in zip(made, gradients, strict=True):
+        parameter.grad = one
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_multiplies_as_torch_does(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert early_exit._kernel(device, dtype) is not None
+    for value in (0.3, 1.0, 0.0, 7.5):
+        tensors = [parameter.grad for _, parameter in large_gradients(dtype)]
+        coef = torch.tensor(value, dtype=wide, device=device)
+        expected = [one * coef for one in tensors]
+        fitting = [one for one in tensors if early_exit._kernel(device, dtype).fits(one)]
+        with no_waiting():
+            left = early_exit.multiply_(tensors, coef)
+        assert len(left) + len(fitting) == len(tensors)
+        for one in left:
+            one.mul_(coef)
+        assert all(map(torch.equal, tensors, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [0.5, 2.0], ids=["over", "within"])
+def test_a_step_over_large_gradients_does_not_wait_and_clips(dtype: torch.dtype, share: float) -> None:
+    for _ in range(3):
+        pairs = large_gradients(dtype)
+        before = [parameter.grad.clone() for _, parameter in pairs]
+        norm = torch.stack([one.double().norm() for one in before]).norm().item()
+        clipper = Clipper(pairs, NormClip(max_norm=share * norm), nonfinite="ignore")
+        clipper.step()
+        for (_, parameter), one in zip(pairs, before, strict=True):
+            parameter.grad = one.clone(memory_format=torch.preserve_format)
+        with no_waiting():
+            clipper.step()
+        for (_, parameter), one in zip(pairs, before, strict=True):
+            tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-5
+            torch.testing.assert_close(parameter.grad, one * min(1.0, share), rtol=tolerance, atol=0)
+            assert share < 1 or torch.equal(parameter.grad, one)
 
 
 @pytest.mark.parametrize("action", ["clip", "skip"])

@@ -107,6 +107,12 @@ def test_a_method_is_required_and_an_instance() -> None:
         ({"name": None}, TypeError, "name must be a non-empty string, got None"),
         ({"log": "false"}, TypeError, "log must be True or False, got 'false'"),
         ({"prog_bar": 1}, TypeError, "prog_bar must be True or False, got 1"),
+        ({"history": None}, TypeError, r"history must be True, False or a folder, got None \(NoneType\)"),
+        ({"history": 1}, TypeError, "history must be True, False or a folder, got 1"),
+        ({"history": ""}, ValueError, "history must name a folder on a file system of this machine, got ''"),
+        ({"history": "s3://bucket/run"}, ValueError, "on a file system of this machine, got 's3://bucket/run'"),
+        ({"histograms": "yes"}, TypeError, "histograms must be True or False, got 'yes'"),
+        ({"histograms": True, "log": False}, ValueError, "histograms=True with log=False logs nothing; use log=True"),
         ({"fold": "yes"}, TypeError, "fold must be True or False, got 'yes'"),
         ({"measure_per": "unit"}, ValueError, "measure_per must be one of 'group', 'layer', 'parameter', got 'unit'"),
         ({"include": 3}, TypeError, "include must be a pattern or a list of patterns, got 3"),
@@ -120,12 +126,6 @@ def test_arguments_are_checked_where_they_are_given(
 ) -> None:
     with pytest.raises(kind, match=message):
         GradientClipping(**{"method": NormClip(), **options})
-
-
-def test_what_this_version_cannot_do_is_refused() -> None:
-    for options in ({"history": True}, {"history": "folder"}):
-        with pytest.raises(ValueError, match="is not available in this version; use"):
-            clipping(**options)
 
 
 def test_a_method_without_a_limit_says_so() -> None:

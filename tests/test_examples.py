@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from boring import equal, make_trainer, weights
+from histories import record
 from torch.nn.functional import cross_entropy
 
 from lightning_gradclip import AGC, Clipper, GradientClipping
+from lightning_gradclip.history import History
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -23,6 +25,7 @@ from char_model import CharModel
 from char_sample import Sample
 from digits_data import Digits
 from nfnet_model import NFNet, StandardizedConv, scaled_relu
+from report import report
 from summary import diverged
 
 # As in examples/train.py.
@@ -221,3 +224,16 @@ def test_experiment_runs(tmp_path: Path) -> None:
         assert words in done.stdout
     assert "A sample" not in done.stdout
     assert len(list(tmp_path.rglob("best.ckpt"))) == 1
+    (page,) = tmp_path.rglob("gradclip.html")
+    assert len(History(page.parent / "csv" / "gradclip").steps) == 2
+    assert "gradclip.html" in done.stdout
+
+
+def test_a_run_without_plotly_says_why_there_is_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "csv" / "gradclip", np.ones(5))
+    trainer = make_trainer(default_root_dir=tmp_path)
+    assert report(trainer) == str(tmp_path / "gradclip.html")
+    (tmp_path / "gradclip.html").unlink()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert report(trainer) == "none: the report needs plotly and jinja2; pip install 'lightning-gradclip[report]'"
+    assert not (tmp_path / "gradclip.html").exists()

@@ -110,6 +110,24 @@ def test_twenty_million_entries_are_exact_to_1e6(p: float) -> None:
     assert norm.item() == pytest.approx(exact, rel=1e-6)
 
 
+KINDS: dict[str, Callable[[int], Tensor]] = {
+    "equal": lambda count: torch.full((count,), 0.7),
+    "heavy tails": lambda count: entries(count, spread=2.0),
+    "ascending": lambda count: entries(count, spread=2.0).abs().sort().values,
+    "descending": lambda count: entries(count, spread=2.0).abs().sort(descending=True).values,
+    # The large one leads the running sum of its row, to which all others then add with the same error.
+    "one large entry in 512": lambda count: torch.full((count,), 0.7).index_fill(0, torch.arange(0, count, 512), 30.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 511, 513, 5000, 16_384, 99_991, 100_000, 2**20 + 1, 2**24])
+def test_a_norm_is_exact_to_1e6_whatever_the_order_and_the_size(count: int, kind: str) -> None:
+    tensor = KINDS[kind](count)
+    exact = math.sqrt(sum(block.double().square().sum().item() for block in tensor.split(2**20)))
+    assert parameter_norms([tensor], 2.0).item() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["column", "rows of a wider matrix", "expanded"])
 def test_a_large_tensor_that_is_not_contiguous_is_exact_to_1e6(layout: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -68,9 +68,11 @@ OPTIONS_OF_THE_CALLBACK = {
     "log_every_n_steps": 2,
     "measure_per": "layer",
     "prog_bar": True,
+    "history": "elsewhere",
+    "histograms": False,
 }
-# Not available in this version, and for methods with a single coefficient.
-NOT_BESIDE_EVERY_METHOD = {"history", "fold"}
+# For methods with a single coefficient.
+NOT_BESIDE_EVERY_METHOD = {"fold"}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from work import Work
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, QuantileClip, ValueClip
 from lightning_gradclip.measure import Meter
 from lightning_gradclip.plan import SMALL
-from lightning_gradclip.rows import BLOCK, ROW
+from lightning_gradclip.rows import BLOCK, ROW, row_of
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -130,6 +130,17 @@ class TestSizes:
     def test_norms_around_each_threshold(self, count: int, dtype: torch.dtype, p: float) -> None:
         agree(Meter(p), [drawn(count, dtype=dtype)], p)
 
+    @pytest.mark.parametrize(
+        ("count", "row"),
+        [(2**20, 512), (768 * 768, 512), (50_257 * 768, 464), (100_000, 400), (3 * 5**7, 375), (99_991, 512)],
+    )
+    def test_rows_leave_nothing_over_where_that_is_possible(self, count: int, row: int) -> None:
+        assert row_of(count) == row
+        assert (count % row == 0) == (count != 99_991)
+        with Work() as work:
+            Meter(2.0).joint([drawn(count)])
+        assert work.operations.count("aten::linalg_vector_norm") == 2 + (count == 99_991)
+
     @pytest.mark.parametrize("count", [2**20 - 1, 2**20, 2**20 + 1])
     def test_large_bfloat16_is_as_exact_as_documented(self, count: int) -> None:
         normal = drawn(count, dtype=torch.bfloat16)
@@ -156,6 +167,20 @@ class TestSizes:
             assert joint is not None
             assert not math.isfinite(joint)
             assert torch.isfinite(meter.each(tensors)).tolist() == [True, False, True]
+
+    def test_only_what_left_the_range_is_measured_again(self) -> None:
+        spoilt, infinite, large = (drawn(2**15, seed=i) for i in range(3))
+        spoilt[7], infinite[7] = math.nan, math.inf
+        # The range is looked at, and then the largest entry of the one tensor.
+        for odd, looks in ((spoilt, 0), (infinite, 2), (large * 1e30, 2)):
+            tensors = [drawn(2**15, seed=3), odd, drawn(2**15, seed=4)]
+            meter = Meter(2.0)
+            meter.joint(tensors)
+            with Work() as work:
+                norm = meter.joint(tensors)
+            expected = reference.joint_norm([reference.array(one) for one in tensors], 2.0)
+            assert norm == pytest.approx(expected, rel=1e-6, nan_ok=True)
+            assert work.operations.count("aten::aminmax") == looks
 
 
 LISTS: dict[str, Callable[[], list[Tensor]]] = {

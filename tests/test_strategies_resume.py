@@ -143,7 +143,8 @@ def test_a_killed_run_fails_and_goes_on_to_the_bit(kind: str, tmp_path: Path) ->
     def killed(rank: int) -> None:
         train(kind, rank, 2, CSVLogger(tmp_path, name="killed"), saving(tmp_path), Killed(rank=1, after=SAVED + 1))
 
-    with pytest.raises(workers.WorkerError, match=r"exit code -9|Connection closed by peer|Connection reset"):
+    died = r"rank 1 with exit code -9|Connection closed by peer|Connection reset"
+    with pytest.raises(workers.WorkerError, match=died):
         workers.run(killed)
     resumed = workers.run(lambda rank: resume(kind, rank, 2, tmp_path, "resumed"))
     assert equal(resumed, workers.run(straight))

@@ -1,6 +1,7 @@
 """Output units as scopes: which they are, their norms against float64, and a method over them."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -107,6 +108,19 @@ class TestUnits:
     def test_the_index_is_moved_to_a_device_once(self) -> None:
         units = units_of(torch.zeros(2, 2))
         assert units.index_on(CPU) is units.index_on(CPU)
+
+    @pytest.mark.parametrize("shape", [(4, 6), (40, 60), (400, 600)], ids=str)
+    @pytest.mark.parametrize("others", [0, 1])
+    def test_another_number_of_units_is_an_error(self, shape: tuple[int, int], others: int) -> None:
+        tensors = [entries(*shape) for _ in range(1 + others)]
+        meter = UnitMeter(units_of(*tensors), 2.0)
+        meter.norms(tensors)
+        turned = [one.t().contiguous() for one in tensors]
+        with pytest.raises(RuntimeError, match=re.escape(f"had {shape[0]} units and now has the shape {shape[::-1]}")):
+            meter.norms(turned)
+        wider = [one.repeat(1, 2) for one in tensors]
+        expected = torch.cat([one.norm(dim=1) for one in wider])
+        torch.testing.assert_close(meter.norms(wider), expected, rtol=1e-6, atol=0)
 
 
 class TestNorms:

@@ -134,7 +134,7 @@ def test_gradients_that_autograd_leaves_conjugated_are_scaled_and_masked() -> No
     for parameter, expected in zip(parameters, exact, strict=True):
         assert_exact(parameter.grad, expected)
     for parameter in parameters:
-        write.scale_units_(parameter, torch.tensor([0.5, 1.0, 0.25, 0.125]))
+        scale_slices_(parameter, torch.tensor([0.5, 1.0, 0.25, 0.125]))
         parameter.grad[1, 1] = math.nan
     write.zero_nonfinite_(parameters)
     factors = np.array([[0.5], [1.0], [0.25], [0.125]])
@@ -182,6 +182,10 @@ def rows(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def scale_slices_(parameter: Parameter, factors: Tensor) -> None:
+    write.scale_units_([parameter], [len(factors)], factors)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 7), (4, 1), (4, 3, 2, 2), (4, 2, 1, 3, 2)], ids=str)
 @pytest.mark.parametrize("coefs_dtype", [torch.float32, torch.float64], ids=str)
@@ -192,10 +196,31 @@ def test_every_slice_is_multiplied_by_its_own_coefficient(
     before = parameter.grad.clone()
     factors = rows(0.1, 1.0, 1e-7, 7.3).to(coefs_dtype)
     exact = reference.array(before) * factors.double().view(-1, *[1] * (len(shape) - 1)).numpy()
-    write.scale_units_(parameter, factors)
+    scale_slices_(parameter, factors)
     assert parameter.grad.dtype == dtype
     assert_exact(parameter.grad, exact)
     assert same_bits(parameter.grad[1], before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 40, 300])
+def test_the_slices_of_a_large_gradient_are_those_of_one_product(
+    count: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    # Whether a few slices change, or many of them.
+    gradient = random(320, 512, 2, 2, dtype=dtype).to(memory_format=layout)
+    gradient[5, 0, 0, 0] = -0.0
+    chosen = torch.randperm(320, generator=torch.Generator().manual_seed(1))[:count]
+    factors = torch.ones(320).index_fill(0, chosen, 0.3)
+    expected = gradient * factors.view(-1, 1, 1, 1)
+    (parameter,) = holding(gradient.clone())
+    (other,) = holding(random(4, 6))
+    write.scale_units_([other, parameter], [4, 320], torch.cat((torch.ones(4), factors)))
+    assert same_bits(parameter.grad, expected.to(dtype))
+    assert parameter.grad.stride() == gradient.stride()
+    assert (parameter.grad._version > 0) == (count > 0)
+    assert other.grad._version == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -205,7 +230,7 @@ def test_a_slice_whose_coefficient_is_1_keeps_its_bits(dtype: torch.dtype) -> No
     gradient = torch.tensor([values, values], dtype=dtype)
     (parameter,) = holding(gradient.clone())
     for factors in (rows(1.0, 0.5), rows(1.0, 1e-42)):
-        write.scale_units_(parameter, factors)
+        scale_slices_(parameter, factors)
         assert same_bits(parameter.grad[0], gradient[0])
 
 
@@ -221,7 +246,7 @@ def test_coefficients_of_slices_outside_the_range_of_float32_keep_their_digits(
     (parameter,) = holding(gradient.clone())
     factors = torch.cat((rows(coef, 1.0), torch.rand(60, generator=torch.Generator().manual_seed(1)).double()))
     exact = reference.array(gradient) * factors[:, None].numpy()
-    write.scale_units_(parameter, factors)
+    scale_slices_(parameter, factors)
     assert same_bits(parameter.grad[1], gradient[1])
     assert_exact(parameter.grad, exact)
 
@@ -240,7 +265,7 @@ def test_layouts_of_slices_are_kept(layout: str) -> None:
     (parameter,) = holding(LAYOUTS[layout]())
     strides, before = parameter.grad.stride(), reference.array(parameter.grad).copy()
     factors = 0.1 + torch.arange(len(before), dtype=torch.float64)
-    write.scale_units_(parameter, factors)
+    scale_slices_(parameter, factors)
     assert parameter.grad.stride() == strides
     assert_exact(parameter.grad, before * factors.view(-1, *[1] * (before.ndim - 1)).numpy())
 
@@ -249,7 +274,7 @@ def test_slices_are_written_in_place_and_only_they() -> None:
     whole = torch.ones(4, 6)
     gradient = whole[:, ::2]
     (parameter,) = holding(gradient)
-    write.scale_units_(parameter, rows(0.5, 1.0, 0.25, 2.0))
+    scale_slices_(parameter, rows(0.5, 1.0, 0.25, 2.0))
     assert parameter.grad is gradient
     assert whole.tolist() == [[c, 1.0] * 3 for c in (0.5, 1.0, 0.25, 2.0)]
 
@@ -261,7 +286,7 @@ def test_slices_are_written_in_place_and_only_they() -> None:
 def test_the_slices_of_an_expanded_gradient_are_scaled_once(value: Tensor, shape: tuple[int, ...]) -> None:
     (parameter,) = holding(value.expand(shape))
     exact = reference.array(parameter.grad) * np.array([[0.5], [1.0], [0.25]])
-    write.scale_units_(parameter, rows(0.5, 1.0, 0.25))
+    scale_slices_(parameter, rows(0.5, 1.0, 0.25))
     assert_exact(parameter.grad, exact)
 
 
@@ -277,7 +302,7 @@ def test_the_slices_of_a_sparse_gradient_are_scaled_as_the_sums_they_stand_for(
     summed = gradient.coalesce()
     (parameter,) = holding(summed.clone() if coalesced else gradient)
     factors = rows(1.0, 0.5, 9.0, 9.0, 0.1, 9.0)
-    write.scale_units_(parameter, factors)
+    scale_slices_(parameter, factors)
     assert parameter.grad.is_sparse
     assert parameter.grad._nnz() == 3
     assert_exact(parameter.grad, reference.array(summed) * factors.view(-1, 1, 1).numpy())
@@ -298,7 +323,7 @@ def test_the_slices_of_a_sparse_gradient_are_scaled_as_the_sums_they_stand_for(
 )
 def test_scaling_the_slices_of_nothing_does_nothing(gradient: Tensor | None, factors: Tensor) -> None:
     (parameter,) = holding(gradient)
-    write.scale_units_(parameter, factors)
+    scale_slices_(parameter, factors)
     assert parameter.grad is gradient
 
 

@@ -2,7 +2,7 @@
 // The numbers in #data, and what all charts share. Colours come from the page's style, so a theme is one redraw.
 
 const RUNS = JSON.parse(document.getElementById("data").textContent);
-const DRAWN_POINTS = 1500;
+const DRAWN_POINTS = 1000;
 const media = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)").matches;
 
@@ -15,7 +15,8 @@ const short = value => value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value)
 const narrow = element => element.clientWidth < 560;
 
 function decoded(text, Kind = Float32Array) {
-  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   return new Kind(bytes.buffer);
 }
 

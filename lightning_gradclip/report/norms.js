@@ -71,23 +71,28 @@ function normTraces(run, from, to) {
 }
 
 /** One scale for several runs, so that they can be compared: from the smallest norm to above the marks on top. */
-const COMMON = RUNS.length > 1 ? commonRange() : null;
+const COMMON = RUNS.length > 1 ? extent(RUNS) : null;
 
-function commonRange() {
+/** The smallest norm above zero and the largest; null if there is none. */
+function extent(runs) {
   let least = Infinity, most = 0;
-  for (const { norms } of RUNS) {
+  for (const { norms } of runs) {
     for (const one of norms.low) if (one > 0 && one < least) least = one;
     for (const one of norms.high) if (one > most) most = one;
   }
-  return most > 0 ? [Math.log10(least / 1.5), Math.log10(most * 3)] : null;
+  return most > 0 ? [least, most] : null;
 }
 
 function drawNorms(element, place) {
   const run = RUNS[place], { step } = run.norms;
   const whole = [step[0], Math.max(step[step.length - 1], run.norms.highStep[step.length - 1])];
+  const [low, high] = COMMON ?? extent([run]) ?? [];
+  const fixed = COMMON ? { range: [Math.log10(low / 1.5), Math.log10(high * 3)] } : {};
   const draw = (from, to) => Plotly.react(element, normTraces(run, from, to), layout(element, {
+    // Also of a single line, so that charts side by side are level.
+    showlegend: true,
     xaxis: axis({ title: { text: "step" }, exponentformat: "none", separatethousands: true }),
-    yaxis: logAxis({ title: narrow(element) ? undefined : { text: "gradient norm" }, ...(COMMON ? { range: COMMON } : {}) }),
+    yaxis: logAxis({ title: narrow(element) ? undefined : { text: "gradient norm" }, ...fixed }, low, high),
   }), CONFIG);
   const [from, to] = element.dataset.range ? JSON.parse(element.dataset.range) : whole;
   return draw(from, to).then(() => {

@@ -108,14 +108,24 @@ function drawHeat(element, place) {
 
 const CHARTS = { norms: drawNorms, spread: drawSpread, whatIf: drawWhatIf, heat: drawHeat };
 
-function draw() {
-  const elements = [...document.querySelectorAll("[data-chart]")];
-  return Promise.all(elements.map(one => CHARTS[one.dataset.chart](one, Number(one.dataset.run))));
+const elements = [...document.querySelectorAll("[data-chart]")];
+const draw = one => CHARTS[one.dataset.chart](one, Number(one.dataset.run));
+
+function colored(name) {
+  document.documentElement.dataset.theme = name === "auto" ? (media.matches ? "dark" : "light") : name;
 }
 
 function theme(name) {
-  document.documentElement.dataset.theme = name === "auto" ? (media.matches ? "dark" : "light") : name;
-  return draw();
+  colored(name);
+  elements.forEach(draw);
+}
+
+/** At first one after the other, so that what is seen first is there first. */
+async function drawAll() {
+  for (const one of elements) {
+    await draw(one);
+    await new Promise(done => setTimeout(done));
+  }
 }
 
 const wanted = () => document.querySelector("[name=theme]:checked").value;
@@ -128,4 +138,5 @@ document.getElementById("limit").addEventListener("input", () => {
   drawWhatIf(document.querySelector("[data-chart=whatIf]"));
 });
 tryLimit();
-theme(wanted()).then(() => { document.documentElement.dataset.drawn = "yes"; });
+colored(wanted());
+drawAll().then(() => { document.documentElement.dataset.drawn = "yes"; });
