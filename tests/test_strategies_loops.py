@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # once, and not in every process
 import workers
 from boring import equal, fit
 from lightning.pytorch import LightningModule
