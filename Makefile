@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep bench test test-packaging lint types check format dist clean
+.PHONY: help demo sweep bench study study-full test test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,6 +25,19 @@ bench: $(VENV)/.ready-bench  ## measure what clipping costs on this machine (abo
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
+
+study: $(VENV)/.ready-bench  ## train a part of the study of clipping, and make its page in outputs/study (minutes)
+	@echo "==> Training 80 times, two at once; runs that ended before are kept"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training/study.py -m study=short
+	$(BIN)/python benchmarks/training/gather.py outputs/study outputs/study/results.csv
+	$(BIN)/python benchmarks/training/page.py outputs/study/results.csv outputs/study/study.md
+
+study-full: $(VENV)/.ready-bench  ## train all of it, and make docs/study.md anew (about an hour; goes on where it stopped)
+	@echo "==> Training 975 times, and 230 times for limits by advice"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training/study.py -m study=full
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training/advise.py
+	$(BIN)/python benchmarks/training/gather.py outputs/study benchmarks/training/results.csv
+	$(BIN)/python benchmarks/training/page.py benchmarks/training/results.csv docs/study.md
 
 test: $(VENV)/.ready  ## run the tests
 	@echo "==> Running the tests"

@@ -1,4 +1,4 @@
-"""A character-level language model."""
+"""Character-level language models."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,29 +12,16 @@ from torchmetrics import MeanMetric
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
-class CharModel(LightningModule):
-    """Predicts each character from those before it."""
+class NextCharacter(LightningModule):
+    """Predicts each character from those before it; how, says the subclass.
 
-    def __init__(
-        self,
-        characters: int,
-        cell: str,
-        hidden_size: int,
-        layers: int,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    ):
+    Its `forward` takes codes, (N, T), and returns scores, (N, T, characters), and a state or None.
+    """
+
+    def __init__(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]):
         super().__init__()
-        if cell not in CELLS:
-            raise ValueError(f"model.cell={cell} is unknown; use one of {', '.join(CELLS)}")
-        self.embedding = nn.Embedding(characters, hidden_size)
-        self.recurrent = CELLS[cell](hidden_size, hidden_size, layers, batch_first=True)
-        self.head = nn.Linear(hidden_size, characters)
         self.val_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
         self.optimizer = optimizer
-
-    def forward(self, codes: Tensor, state=None):
-        hidden, state = self.recurrent(self.embedding(codes), state)
-        return self.head(hidden), state
 
     def losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """One loss for each character of the batch."""
@@ -57,6 +44,29 @@ class CharModel(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer(self.parameters())
+
+
+class CharModel(NextCharacter):
+    """A recurrent network."""
+
+    def __init__(
+        self,
+        characters: int,
+        cell: str,
+        hidden_size: int,
+        layers: int,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    ):
+        super().__init__(optimizer)
+        if cell not in CELLS:
+            raise ValueError(f"model.cell={cell} is unknown; use one of {', '.join(CELLS)}")
+        self.embedding = nn.Embedding(characters, hidden_size)
+        self.recurrent = CELLS[cell](hidden_size, hidden_size, layers, batch_first=True)
+        self.head = nn.Linear(hidden_size, characters)
+
+    def forward(self, codes: Tensor, state=None):
+        hidden, state = self.recurrent(self.embedding(codes), state)
+        return self.head(hidden), state
 
     @torch.no_grad()
     def generate(self, codes: Tensor, length: int, temperature: float) -> Tensor:

@@ -93,3 +93,7 @@ def _advise(options: argparse.Namespace) -> int:
     texts = [advice(run, options.rate or (0.01, 0.1), options.from_step) for run in find_runs([options.run])]
     print("\n\n".join(texts))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,4 +28,4 @@ def log_histogram(logger: Logger, key: str, norms: Norms, step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         # Through the logger, which puts Lightning's step beside it.
-        logger.log_metrics({key: cast("Any", wandb.Histogram(finite))}, step)
+        logger.log_metrics({key: cast("Any", wandb.Histogram(cast("Any", finite)))}, step)

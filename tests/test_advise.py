@@ -218,3 +218,11 @@ def test_means_over_several_steps_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="holds means over several steps, from which single steps cannot be told"):
         advice.advice(find_runs([tmp_path])[0])
+
+
+def test_a_limit_that_cannot_clip_so_much_is_not_proposed(tmp_path: Path) -> None:
+    # Of norms that fall all the time, hardly any is above the mean of those before it.
+    falling = np.exp(-np.arange(600) / 50) * np.exp(np.random.default_rng(8).normal(0, 0.05, 600))
+    text = advice.advice(recorded(tmp_path, falling), (0.1,))
+    assert "QuantileClip(" in text
+    assert "SigmaClip" not in text

@@ -298,8 +298,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_the_commands_of_the_readme_work(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("version_0", "version_1"):
-        record(tmp_path / "lightning_logs" / name / "gradclip", np.tile(NORMS, 5), 1.0)
+    for name in ("observed", "clipped"):
+        record(tmp_path / "outputs" / name / "gradclip", np.tile(NORMS, 5), 1.0)
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line.partition("  #")[0])[1:]) == 0
     assert capsys.readouterr().err == ""

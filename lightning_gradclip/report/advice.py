@@ -61,7 +61,7 @@ def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None
             needed = math.ceil(LEAST_OVER / rate)
             blocks.append(f"To clip {percent(rate)} of the steps: too few to tell, {needed:,} steps are needed.")
             continue
-        written = "\n".join(_written(one, run) for one in proposals(sizes, rate))
+        written = "\n".join(_written(one, run) for one in proposals(sizes, rate) if one.arguments.get("k") != 0)
         blocks.append(f"To clip about {percent(rate)} of the steps:\n{written}")
     blocks.append(
         "Use one of them. Hydra: without the + where your defaults list already has callbacks/gradclip. Keep the\n"
@@ -121,7 +121,7 @@ def defaults(option: str) -> dict[str, Any]:
 
 
 def _fitting_k(sizes: Numbers, mean: Numbers, deviation: Numbers, rate: float) -> float:
-    """How many deviations above the mean the share `rate` of the sizes is, at least 0."""
+    """How many deviations above the mean the share `rate` of the sizes is; 0 where it would have to be negative."""
     known = deviation > 0
     scores = (sizes[known] - mean[known]) / deviation[known]
     return max(0.0, _rounded(float(np.quantile(scores, 1 - rate)), 3)) if len(scores) else 0.0
