@@ -120,7 +120,7 @@ class Clipper:
                 scaler = None
             if self._fold is not None:
                 self._fold.withdraw()
-                folds = scaler is not None or self._fold.can_leave_out
+                folds = scaler is not None or self._fold.can_leave_out(alike=self._reducer is not None)
                 self._limiter.on_host = self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
             scale = 1.0 if scaler is None else self._unscale(scaler)
             gradients = self._selection.gradients(settle=self._policy.writes)

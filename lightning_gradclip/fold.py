@@ -49,15 +49,19 @@ class Fold:
                 f"{len(selection.owned)} parameters; use fold=False, or admit all"
             )
 
-    @property
-    def can_leave_out(self) -> bool:
+    def can_leave_out(self, *, alike: bool) -> bool:
         """Whether a step that the optimizer leaves out changes nothing.
 
         In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it.
+
+        Args:
+            alike: Whether the answer must not depend on which gradients are here, since other ranks have others.
         """
         for group in self._optimizer.param_groups:
+            if not group.get("momentum"):
+                continue
             first = next((one for one in group["params"] if one.grad is not None), None)
-            if first is not None and group.get("momentum") and not self._optimizer.state.get(first):
+            if alike or (first is not None and not self._optimizer.state.get(first)):
                 return False
         return True
 

@@ -195,7 +195,7 @@ def is_first_rank() -> bool:
 def _carrier(device: torch.device) -> torch.device:
     """The device whose tensors the ranks can exchange: NCCL knows no CPU tensors, which offloaded gradients are."""
     kinds = [one.partition(":")[0] for one in str(dist.get_backend_config()).split(",")]
-    return device if device.type in kinds else torch.device(kinds[-1])
+    return device if device.type in kinds else torch.device("cpu" if "cpu" in kinds else kinds[-1])
 
 
 def _split(together: Tensor, first: int) -> tuple[Tensor, Tensor]:

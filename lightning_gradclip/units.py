@@ -38,11 +38,9 @@ class UnitLimiter(Limiter):
         return self._units
 
     def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
-        return (
-            self._of_gradients.exact(gradients)
-            if exact
-            else self._alike(self._of_gradients.norms(gradients), gradients)
-        )
+        if exact:
+            return self._of_gradients.exact(gradients)
+        return self._alike(self._of_gradients.norms(gradients), gradients)
 
     def _weights(self) -> Tensor:
         return self._of_weights.norms(self._held())

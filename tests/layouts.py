@@ -100,7 +100,7 @@ def _fsdp2(*shape: int, leave_out: str = "") -> Callable[[nn.Module], nn.Module]
         for parameter in ignored:
             # What FSDP leaves alone is the user's to average.
             parameter.register_post_accumulate_grad_hook(_average)
-        fully_shard(module, mesh=mesh, ignored_params=ignored)
+        fully_shard(module, mesh=mesh, **({"ignored_params": ignored} if leave_out else {}))
         return module
 
     return apply
@@ -157,6 +157,11 @@ SPREADS = {
     "tensor_data": Spread(4, 2, _tensor(2)),
     "sequence": Spread(2, 1, _tensor(1, sequence=True)),
 }
+
+# Older releases of torch know FSDP2 on GPUs only.
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+if not FSDP2_ON_CPU:
+    SPREADS = {name: way for name, way in SPREADS.items() if not name.startswith("fsdp2") and name != "tensor_data"}
 
 
 def spread(name: str, module: nn.Module) -> nn.Module:

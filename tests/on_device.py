@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_device import AVAILABLE, NAME, Device, attached
 from gradients import SHAPES, Witness, normal, two_groups
 from streams import LEARNERS
@@ -20,6 +21,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_gradclip import ClipMethod, Clipper, Normalize, NormClip, StepStats, ValueClip
+from lightning_gradclip.layout import Layout
+from lightning_gradclip.reduce import Reduced, Reducer
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot register a device that is written in Python")
 
@@ -472,3 +475,45 @@ def assert_trained_alike(one: Training, other: Training) -> None:
     pairs = zip(one.everything(), other.everything(), strict=False)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+class TestPieces:
+    """Where ranks hold pieces: the ranks of this run exchange tensors of the host, and only that makes it wait."""
+
+    @pytest.fixture(autouse=True)
+    def alone(self) -> Iterator[None]:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    @pytest.mark.parametrize("p", [1.0, 2.0, 8.0, math.inf])
+    @pytest.mark.parametrize("owner", [None, (0, 0, 1)])
+    def test_only_the_exchange_makes_the_host_wait(
+        self, device: Device, p: float, owner: tuple[int, ...] | None
+    ) -> None:
+        params = [device.put(torch.zeros(3)), device.put(torch.zeros(2))]
+        reducer = Reducer(["a", "b"], params, [Layout(6, pieces=2), Layout(2)])
+        count = 2 if owner is None else len(owner)
+        norms = [torch.arange(1.0, count + 1) * factor for factor in (1.0, 2.0)]
+        places = None if owner is None else device.put(torch.tensor(owner))
+        numbers = [] if math.isinf(p) else [torch.tensor([3.0, 4.0])]
+
+        def reduce() -> Reduced:
+            return reducer.reduce(
+                list(map(device.put, norms)), [True, False], p, list(map(device.put, numbers)), places
+            )
+
+        reduce()
+        device.waits.clear()
+        known = reduce()
+        exchanged = [wait.partition(" at ")[0] for wait in device.waits]
+        assert exchanged == ["copy from the device", "copy to the device"], device.waits
+        assert not known.nothing
+        assert device.get(known.present).tolist() == [1.0, 0.0]
+        # The first is cut in two, of which one is here: it is taken to be there half as often.
+        shares = torch.tensor([2.0, 1.0])[[0, 1] if owner is None else list(owner)]
+        for found, one in zip(known.norms, norms, strict=True):
+            expected = one if math.isinf(p) else one * shares.pow(1 / p)
+            assert_close(device.get(found), expected)
+            assert found.dtype == one.dtype
+        assert [device.get(one).item() for one in known.totals] == ([] if math.isinf(p) else [10.0])

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import layouts
@@ -31,6 +32,7 @@ STREAM = (1.0, 0.5, 4.0, 1.0, 0.25, 1.0, 8.0, 2.0)
 
 # More than a rank holds of one gradient.
 _APART = 2**12
+_BASE = 2**7
 
 
 class Case(NamedTuple):
@@ -46,7 +48,7 @@ def _limits() -> Iterator[tuple[str, Case]]:
         for p in (1.0, 2.0, 3.0, math.inf):
             limit = {1.0: 3.0, 2.0: 0.9, 3.0: 0.6, math.inf: 0.3}[p]
             yield f"norm {per} p={p:g}", Case(NormClip(max_norm=limit, norm_type=p, per=per))
-        yield f"rms {per}", Case(NormClip(max_norm=0.2, statistic="rms", per=per))
+        yield f"rms {per}", Case(NormClip(max_norm=0.1, statistic="rms", per=per))
         yield f"min_norm {per}", Case(NormClip(max_norm=20.0, min_norm=1.0 if per == "parameter" else 5.0, per=per))
         yield f"normalize {per}", Case(Normalize(target=0.7, per=per))
     yield "value", Case(ValueClip(max_value=0.1))
@@ -82,8 +84,13 @@ def _with_options() -> Iterator[tuple[str, Case]]:
         for per in ("model", "parameter"):
             yield f"{action} quantile {per}", Case(QuantileClip(q=0.6, window=4, per=per), {"action": action}, STREAM)
     for kind in ("group", "layer", "parameter"):
-        for method in (None, NormClip(), ValueClip(max_value=0.1), NormClip(norm_type=3.0, per="layer")):
-            yield f"measure {kind} {method}", Case(method, {"measure_per": kind})
+        for name, method in {
+            "only": None,
+            "norm": NormClip(),
+            "value": ValueClip(max_value=0.1),
+            "norm layer p=3": NormClip(norm_type=3.0, per="layer"),
+        }.items():
+            yield f"measure {kind} {name}", Case(method, {"measure_per": kind})
     yield "agc measured", Case(AGC(clip_factor=0.5), {"measure_per": "layer"})
     yield "some included", Case(NormClip(max_norm=0.5), {"include": "*.weight", "exclude": ["head.*"]})
     yield "agc without the head", Case(AGC(clip_factor=0.1), {"exclude": "head.*"})
@@ -92,6 +99,14 @@ def _with_options() -> Iterator[tuple[str, Case]]:
 
 
 CASES = dict([*_limits(), *_learners(), *_with_options()])
+# Some of each kind.
+CORE = [
+    *(f"norm {per} p=2" for per in ("model", "group", "layer", "parameter")),
+    *("norm layer p=inf", "norm model p=3", "rms model", "rms parameter", "min_norm layer", "normalize parameter"),
+    *("value", "value unlike", "agc unit", "agc parameter", "quantile parameter", "sigma model", "zclip parameter"),
+    *("ema model", "skip norm model", "observe agc unit", "observe value", "skip quantile model", "some included"),
+    *("measure parameter only", "measure layer norm"),
+]
 
 
 class Taken(NamedTuple):
@@ -158,19 +173,22 @@ class Spread:
 
     def places(self) -> dict[str, tuple[Tensor, Tensor]]:
         """For each entry of the whole gradients a rank that holds it, and its place there."""
-        rank = dist.get_rank()
-        self._put(
-            None
-            if gradient is None
-            else (torch.arange(values.numel()) + _APART * rank)
-            .mul(not is_partial(gradient) or rank == 0)
-            .view(values.shape)
-            .to(values)
-            for gradient, values in zip(self._given, self._values, strict=True)
-        )
-        found = {name: one.long() for name, one in self.whole().items()}
+        found = {name: torch.zeros(one.shape, dtype=torch.long) for name, one in self.whole().items()}
+        # Digit by digit, which any dtype holds exactly.
+        for digit in (_BASE, 1):
+            self._put(map(partial(self._labels, digit), self._given, self._values))
+            for name, one in self.whole().items():
+                found[name] += digit * one.long()
         self.give()
         return {name: (one // _APART, one % _APART) for name, one in found.items()}
+
+    def _labels(self, digit: int, gradient: Tensor | None, values: Tensor | None) -> Tensor | None:
+        if gradient is None or values is None:
+            return None
+        if is_partial(gradient) and dist.get_rank() > 0:
+            return torch.zeros_like(values)
+        labels = torch.arange(values.numel()) + _APART * dist.get_rank()
+        return (labels // digit % _BASE).view(values.shape).to(values.dtype)
 
     def _put(self, values: Iterable[Tensor | None]) -> None:
         with torch.no_grad():

@@ -1,39 +1,103 @@
 """Gradients in pieces give what whole gradients give: every layout, every method, every action."""
 
+import math
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import sharded
 import torch
-from layouts import SPREADS
-from sharded import CASES, Run
-from torch import Tensor
+from layouts import SPREADS, net
+from pieces import digest
+from sharded import CASES, CORE, Case, Run
 
-FLATTENED = [name for name in SPREADS if name.startswith("fsdp1") and name != "fsdp1_none"]
+from lightning_gradclip import AGC, NormClip
+
+FLATTENED = {name for name in SPREADS if name.startswith("fsdp1")} - {"fsdp1_none"}
+# Of each kind of pieces one layout takes every case; the others take some of each kind.
+THOROUGH = {"fsdp1_full", "fsdp2", "tensor", "sequence"}
 
 
-@pytest.fixture(scope="module", params=SPREADS)
-def layout(request: pytest.FixtureRequest) -> tuple[str, Run]:
-    return request.param, sharded.run(request.param)
+def cases(name: str) -> dict[str, Case]:
+    return CASES if name in THOROUGH else {label: CASES[label] for label in CORE}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_equals_dense(layout: tuple[str, Run], case: str) -> None:
-    name, run = layout
-    first, *others = (taken[case] for taken in run.taken)
+@cache
+def spread(name: str) -> Run:
+    return sharded.run(name, cases(name))
+
+
+@pytest.mark.parametrize(("name", "label"), [(name, label) for name in SPREADS for label in cases(name)])
+def test_sharded_equals_dense(name: str, label: str) -> None:
+    assert_like_dense(name, label, spread(name), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted({"fsdp1_full", "fsdp2"} & SPREADS.keys()))
+def test_in_other_precisions(name: str, dtype: torch.dtype) -> None:
+    run = sharded.run(name, {label: CASES[label] for label in CORE}, dtype, seed=1)
+    for label in CORE:
+        assert_like_dense(name, label, run, dtype)
+
+
+def assert_like_dense(name: str, label: str, run: Run, dtype: torch.dtype) -> None:
+    first, *others = (taken[label] for taken in run.taken)
     if isinstance(first, ValueError):
         assert name in FLATTENED
-        assert CASES[case].method.per == "unit"
+        assert CASES[label].method.per == "unit"
         return
-    expected = sharded.dense(CASES[case], run.gradients)
-    assert_close(first._asdict(), expected._asdict())
+    expected = sharded.dense(CASES[label], run.gradients, dtype)
+    assert_close(first._asdict(), expected._asdict(), f"{name} {label} ")
     for other in others:
-        assert_same_bits(first, other)
+        assert digest(other) == digest(first)
+    if name.startswith(("ddp", "fsdp2")) and label.startswith("agc unit"):
+        # Where rows are whole, even their rounding is that of one process.
+        matrices = [key for key, one in expected.gradients.items() if one.ndim == 2]
+        assert digest([first.gradients[key] for key in matrices]) == digest(
+            [expected.gradients[key] for key in matrices]
+        )
 
 
-def assert_close(ours: Any, theirs: Any, where: str = "") -> None:
-    """Equal to 1e-6, in everything that was left."""
+@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("label", [label for label in CORE if label.startswith(("norm ", "rms ", "agc "))])
+def test_against_the_formulas(name: str, label: str) -> None:
+    run = spread(name)
+    method, taken = CASES[label].method, run.taken[0][label]
+    if isinstance(taken, ValueError):
+        return
+    # The scopes are in the order of the optimizer's groups.
+    ordered = sorted(run.gradients.items(), key=lambda pair: pair[0].endswith("bias"))
+    gradients = {key: reference.array(one) for key, one in ordered}
+    if isinstance(method, AGC):
+        weights = {key: reference.array(one) for key, one in net().named_parameters()}
+        exact = reference.agc(gradients, weights, clip_factor=method.clip_factor, eps=method.eps, per=method.per)
+        clipped, sizes = exact.gradients, exact.sizes
+        limits = list(exact.limits.values())
+        assert taken.steps[0]["limits"].tolist() == pytest.approx(limits, rel=1e-6)
+    else:
+        assert isinstance(method, NormClip)
+        scopes = {
+            "model": dict.fromkeys(gradients, ""),
+            "group": {key: key.endswith("bias") for key in gradients},
+            "layer": {key: key.rpartition(".")[0] for key in gradients},
+            "parameter": {key: key for key in gradients},
+        }[method.per]
+        options: dict[str, Any] = {"p": method.norm_type, "statistic": method.statistic}
+        clipped, sizes, _ = reference.norm_clip(gradients, scopes, max_norm=method.max_norm, **options)
+    assert taken.steps[0]["sizes"].tolist() == pytest.approx(list(sizes.values()), rel=1e-6)
+    total = reference.joint_norm(list(gradients.values()), method.norm_type)
+    assert taken.steps[0]["norm"].item() == pytest.approx(total, rel=1e-6)
+    changed = 0
+    for key, one in clipped.items():
+        np.testing.assert_allclose(taken.gradients[key].numpy(), one, rtol=1e-6, atol=1e-9, err_msg=f"{name} {key}")
+        changed += not np.allclose(one, gradients[key])
+    assert changed
+
+
+def assert_close(ours: Any, theirs: Any, where: str) -> None:
+    """Equal to 1e-6, in everything that was left; gradients in what their dtype can tell apart."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), where
         for key in theirs:
@@ -42,29 +106,13 @@ def assert_close(ours: Any, theirs: Any, where: str = "") -> None:
         assert len(ours) == len(theirs), where
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(one, other, f"{where}/{i}")
-    elif isinstance(theirs, Tensor):
+    elif isinstance(theirs, torch.Tensor):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), where
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6, atol=1e-9, err_msg=where)
+        rtol = max(1e-6, torch.finfo(theirs.dtype).eps) if theirs.is_floating_point() else 0.0
+        np.testing.assert_allclose(
+            reference.array(ours), reference.array(theirs), rtol=rtol, atol=1e-9, equal_nan=True, err_msg=where
+        )
     elif isinstance(theirs, float):
-        assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True), where
+        assert math.isnan(ours) if math.isnan(theirs) else ours == pytest.approx(theirs, rel=1e-6), where
     else:
         assert ours == theirs, where
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same_bits(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same_bits(a, b)
-    elif isinstance(one, Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(
-            one.nan_to_num(nan=-1e300 if one.dtype == torch.float64 else -1e30),
-            other.nan_to_num(nan=-1e300 if one.dtype == torch.float64 else -1e30),
-        )
-    else:
-        assert one == other or (one != one and other != other)
