@@ -15,7 +15,7 @@ class Layout:
     """How one parameter, and with it its gradient, is laid out over the ranks.
 
     Attributes:
-        numel: How many entries it has over all ranks.
+        numel: How many entries it has over all ranks; None: as many as on this one.
         pieces: How many different pieces it is cut into; 1: every rank holds all of it.
         ranks: The ranks among which it is cut or copied, if those are not all of the run.
         flattened: Whether the pieces are cut from a flat vector, so that rows fall into several pieces.
@@ -23,7 +23,7 @@ class Layout:
         distributed: Whether it is a DTensor.
     """
 
-    numel: int
+    numel: int | None = None
     pieces: int = 1
     ranks: tuple[int, ...] | None = None
     flattened: bool = False
@@ -118,7 +118,8 @@ def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
             f"parameter {name!r} is flattened by FSDP, and only the module knows the ranks that share it; "
             "pass the module wrapped in FSDP instead of its named parameters: Clipper(model, ...)"
         )
-    return Layout(parameter.numel())
+    # Those of lazy modules have no size yet.
+    return Layout()
 
 
 def _ranks_of(mesh: Any) -> tuple[int, ...] | None:

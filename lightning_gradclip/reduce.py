@@ -69,7 +69,10 @@ class Reducer:
     ) -> None:
         self._params = params
         self._group = group
-        self.numels = tuple(one.numel for one in layouts)
+        self.numels = tuple(
+            parameter.numel() if one.numel is None else one.numel
+            for parameter, one in zip(params, layouts, strict=True)
+        )
         self._wide = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in params)
         self._kept: dict[torch.device, Tensor] = {}
         self._require_same(names)

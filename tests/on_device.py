@@ -492,7 +492,7 @@ class TestPieces:
         self, device: Device, p: float, owner: tuple[int, ...] | None
     ) -> None:
         params = [device.put(torch.zeros(3)), device.put(torch.zeros(2))]
-        reducer = Reducer(["a", "b"], params, [Layout(6, pieces=2), Layout(2)])
+        reducer = Reducer(["a", "b"], params, [Layout(6, pieces=2), Layout()])
         count = 2 if owner is None else len(owner)
         norms = [torch.arange(1.0, count + 1) * factor for factor in (1.0, 2.0)]
         places = None if owner is None else device.put(torch.tensor(owner))
