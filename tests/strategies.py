@@ -41,6 +41,7 @@ Make = Callable[[list[dict[str, Any]]], Optimizer]
 def quieten_torch() -> None:
     """For the rest of this process: what torch says about its own FSDP is no news here."""
     warnings.filterwarnings("ignore", module=r"torch\.")
+    warnings.filterwarnings("ignore", "The `NO_SHARD` sharding strategy is deprecated", FutureWarning)
 
 
 def momentum(groups: list[dict[str, Any]]) -> Optimizer:

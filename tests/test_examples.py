@@ -217,7 +217,8 @@ def test_verdict(losses: list[float], loss: float, verdict: bool) -> None:
 
 
 def test_experiment_runs(tmp_path: Path) -> None:
-    program = [sys.executable, str(Path(sys.path[-1]) / "train.py"), "experiment=nfnet_digits", "trainer.max_steps=2"]
+    script = str(Path(__file__).parents[1] / "examples" / "train.py")
+    program = [sys.executable, script, "experiment=nfnet_digits", "trainer.max_steps=2"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for words in ("NFNet(", "AGC(clip_factor=0.01", "1,438 images", "validation accuracy", "validation loss"):

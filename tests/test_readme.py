@@ -111,9 +111,18 @@ def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> Non
     assert node["method"]["_target_"] == "lightning_gradclip.ZClip"
 
 
-def test_the_examples_beside_the_demo_run(tmp_path: Path) -> None:
-    others = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name in ("minimal.py", "plain.py"))
-    assert len(others) == 2
-    outputs = [run([str(path)], tmp_path) for path in others]
-    assert "gradclip/norm" in outputs[0]
-    assert "norm_clipped" in outputs[1]
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("minimal.py", "gradclip/norm"),
+        ("plain.py", "norm_clipped"),
+        ("fabric.py --steps 50", "step 50: loss"),
+        ("fabric.py --steps 50 --strategy fsdp2", "step 50: loss"),
+        ("fsdp2.py", "gradclip/norm/blocks.1.linear2"),
+        ("gan.py", "critic/norm"),
+    ],
+)
+def test_the_examples_beside_the_demo_run(program: str, shown: str, tmp_path: Path) -> None:
+    script, *arguments = program.split()
+    assert f"`examples/{script}`" in README
+    assert shown in run([str(ROOT / "examples" / script), *arguments], tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +79,54 @@ def train(kind: str, rank: int, world: int, csv: CSVLogger, *callbacks: Callback
     }
 
 
-def saving(folder: Path, every: int = SAVED) -> ModelCheckpoint:
-    return ModelCheckpoint(folder / "saved", every_n_train_steps=every, save_top_k=-1, filename="{step}")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
-def resume(kind: str, rank: int, world: int, folder: Path, name: str) -> dict[str, Any]:
-    return train(kind, rank, world, CSVLogger(folder, name=name), ckpt_path=folder / "saved" / f"step={SAVED}.ckpt")
+@cache
+def straight(kind: str, world: int, folder: Path) -> list[dict[str, Any]]:
+    """What a run without an interruption gives; it saves on its way."""
+
+    def work(rank: int) -> dict[str, Any]:
+        return train(
+            kind, rank, world, CSVLogger(of(kind, world, folder), name="straight"), saving(of(kind, world, folder))
+        )
+
+    return workers.run(work, world=world)
+
+
+def of(kind: str, world: int, folder: Path) -> Path:
+    return folder / f"{kind} on {world}"
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "saved", every_n_train_steps=SAVED, save_top_k=-1, filename="{step}")
+
+
+def resume(kind: str, world: int, run: Path, csv: Path) -> list[dict[str, Any]]:
+    """Go on where the run in this folder saved."""
+
+    def work(rank: int) -> dict[str, Any]:
+        return train(kind, rank, world, CSVLogger(csv), ckpt_path=run / "saved" / f"step={SAVED}.ckpt")
+
+    return [work(0)] if world == 1 else workers.run(work, world=world)
+
+
+def logged(kind: str, world: int, folder: Path) -> list[tuple[int, dict[str, float]]]:
+    return csv_rows(CSVLogger(of(kind, world, folder), name="straight", version=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_straight_run_to_the_bit(kind: str, tmp_path: Path) -> None:
-    def work(rank: int) -> list[dict[str, Any]]:
-        straight = train(kind, rank, 2, CSVLogger(tmp_path, name="straight"), saving(tmp_path))
-        return [straight, resume(kind, rank, 2, tmp_path, "resumed")]
-
-    first, second = workers.run(work)
-    assert equal(*first)
-    assert equal(first, second)
-    assert first[0]["clipping"]["clippers"][0]["step"] == STEPS
-    rows = {name: csv_rows(CSVLogger(tmp_path, name=name, version=0)) for name in ("straight", "resumed")}
-    assert [step for step, _ in rows["straight"]] == [1, 3, 5]
+def test_a_resumed_run_is_the_straight_run_to_the_bit(kind: str, folder: Path, tmp_path: Path) -> None:
+    expected = straight(kind, 2, folder)
+    assert equal(expected[0], expected[1])
+    assert equal(resume(kind, 2, of(kind, 2, folder), tmp_path), expected)
+    assert expected[0]["clipping"]["clippers"][0]["step"] == STEPS
+    rows = logged(kind, 2, folder)
+    assert [step for step, _ in rows] == [1, 3, 5]
     # The window that was open when the checkpoint was written goes on: no step is lost, and none comes twice.
-    assert rows["resumed"] == rows["straight"][1:]
+    assert csv_rows(CSVLogger(tmp_path, version=0)) == rows[1:]
 
 
 @pytest.mark.parametrize(
@@ -115,35 +142,29 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(kind: str, tmp_path: Path)
         ("fsdp2, sharded", 4, 2),
     ],
 )
-def test_another_number_of_ranks_goes_on(kind: str, before: int, after: int, tmp_path: Path) -> None:
-    def straight(rank: int) -> dict[str, Any]:
-        return train(kind, rank, before, CSVLogger(tmp_path, name="straight"), saving(tmp_path))
-
-    expected, *_ = workers.run(straight, world=before)
-    if after == 1:
-        got = resume(kind, 0, 1, tmp_path, "resumed")
-    else:
-        got, *others = workers.run(lambda rank: resume(kind, rank, after, tmp_path, "resumed"), world=after)
-        assert all(equal(other, got) for other in others)
-    for key in ("weights", "shown"):
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-6, atol=1e-12)
+def test_another_number_of_ranks_goes_on(kind: str, before: int, after: int, folder: Path, tmp_path: Path) -> None:
+    expected = straight(kind, before, folder)[0]
+    got, *others = resume(kind, after, of(kind, before, folder), tmp_path)
+    assert all(equal(other, got) for other in others)
     (mine,), (theirs,) = (one["clipping"]["clippers"].values() for one in (got, expected))
-    torch.testing.assert_close(mine["learned"]["values"], theirs["learned"]["values"], rtol=1e-6, atol=1e-12)
-    rows = {name: csv_rows(CSVLogger(tmp_path, name=name, version=0)) for name in ("straight", "resumed")}
-    assert [step for step, _ in rows["resumed"]] == [3, 5]
-    for (_, values), (_, those) in zip(rows["resumed"], rows["straight"][1:], strict=True):
+    for one, other in (
+        (got["weights"], expected["weights"]),
+        (got["shown"], expected["shown"]),
+        (mine["learned"]["values"], theirs["learned"]["values"]),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
+    rows = csv_rows(CSVLogger(tmp_path, version=0))
+    assert [step for step, _ in rows] == [3, 5]
+    for (_, values), (_, those) in zip(rows, logged(kind, before, folder)[1:], strict=True):
         assert values == pytest.approx(those, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2, sharded"])
-def test_a_killed_run_fails_and_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
-    def straight(rank: int) -> dict[str, Any]:
-        return train(kind, rank, 2, CSVLogger(tmp_path, name="straight"))
-
+def test_a_killed_run_fails_and_goes_on_to_the_bit(kind: str, folder: Path, tmp_path: Path) -> None:
     def killed(rank: int) -> None:
         train(kind, rank, 2, CSVLogger(tmp_path, name="killed"), saving(tmp_path), Killed(rank=1, after=SAVED + 1))
 
-    with pytest.raises(workers.WorkerError, match=r"exit code -9|Connection closed by peer|Connection reset"):
+    died = r"rank 1 with exit code -9|Connection closed by peer|Connection reset"
+    with pytest.raises(workers.WorkerError, match=died):
         workers.run(killed)
-    resumed = workers.run(lambda rank: resume(kind, rank, 2, tmp_path, "resumed"))
-    assert equal(resumed, workers.run(straight))
+    assert equal(resume(kind, 2, tmp_path, tmp_path), straight(kind, 2, folder))
