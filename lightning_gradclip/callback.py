@@ -193,9 +193,10 @@ class GradientClipping(KnownArguments, Callback):
             clipper = self._clipper(trainer, pl_module, optimizer, clipper)
             self._take_up(clipper, index)
         self._last_batch = progress.batches(trainer)
-        clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
-            trainer, with_next_step=True
-        )
+        if clipper.has_details:
+            clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
+                trainer, with_next_step=True
+            )
         clipper.step(scaler)
 
     def on_train_batch_end(

@@ -172,6 +172,11 @@ class Clipper:
         self._limiter.detailed = value
 
     @property
+    def has_details(self) -> bool:
+        """Whether `detailed` makes a difference to what this clipper does."""
+        return self._limiter.has_details
+
+    @property
     def serves_any(self) -> bool:
         """Whether the patterns admit any parameter of the optimizer."""
         return bool(self._selection.params)
@@ -211,11 +216,14 @@ class Clipper:
     def _groups_changed(self) -> bool:
         if self._optimizer is None:
             return False
-        groups = [group["params"] for group in self._optimizer.param_groups]
-        return len(groups) != len(self._seen) or any(
-            len(now) != len(then) or not all(map(operator.is_, now, then))
-            for now, then in zip(groups, self._seen, strict=True)
-        )
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._seen):
+            return True
+        for group, then in zip(groups, self._seen, strict=True):
+            now = group["params"]
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return True
+        return False
 
     def _select(self) -> None:
         groups = [] if self._optimizer is None else self._optimizer.param_groups

@@ -43,6 +43,8 @@ class Clamping(Outcome):
 class ElementLimiter(Limiter):
     """Runs a method over single entries. The one size is the joint norm, the one limit the upper bound."""
 
+    has_details = True
+
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         super().serve(selection, reducer)
         for name, parameter in zip(selection.names, selection.params, strict=True):

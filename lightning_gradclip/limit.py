@@ -58,8 +58,11 @@ class Limiter:
 
     Attributes:
         on_host: As above.
+        has_details: Whether there is anything that costs passes of its own.
         detailed: Whether to find out at each step what costs passes of its own.
     """
+
+    has_details = False
 
     def __init__(self, method: ClipMethod, measure_per: str | None, *, on_host: bool) -> None:
         self._method = method

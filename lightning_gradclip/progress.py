@@ -7,7 +7,10 @@ from lightning_gradclip.framework import Trainer
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
     """Index of the optimizer among the trainer's; None if it is none of them."""
-    return next((index for index, one in enumerate(trainer.optimizers) if one is optimizer), None)
+    for index, one in enumerate(trainer.optimizers):
+        if one is optimizer:
+            return index
+    return None
 
 
 def batches(trainer: Trainer) -> int:
