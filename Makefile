@@ -22,6 +22,7 @@ sweep: $(VENV)/.ready  ## train with each method and three seeds, and print the 
 bench: $(VENV)/.ready-bench  ## measure what clipping costs on this machine (about ten minutes)
 	$(BIN)/python benchmarks/clip.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/sharded.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py

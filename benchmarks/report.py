@@ -1,7 +1,7 @@
 """Join the tables of `benchmarks/results` into its README.md and draw what the project's README shows.
 
 pip install -e '.[bench]'
-python benchmarks/report.py                    # after clip.py, trainer.py, growth.py and memory.py
+python benchmarks/report.py                    # after all the others
 """
 
 import json
@@ -12,7 +12,7 @@ import timing
 from matplotlib import pyplot
 
 PICTURE = Path(__file__).parent.parent / "docs" / "costs.png"
-PARTS = ("clip", "trainer", "growth", "memory")
+PARTS = ("clip", "trainer", "sharded", "growth", "memory")
 GRAY, LIGHT, BLUE, SKY = "tab:gray", "lightgray", "tab:blue", "lightskyblue"
 
 
