@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +39,14 @@ class Net(nn.Module):
 
 def net(dtype: torch.dtype = torch.float32) -> Net:
     """The same weights in every process."""
+    return deepcopy(_net()).to(dtype)
+
+
+@cache
+def _net() -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return Net().to(dtype)
+        return Net()
 
 
 class Spread(NamedTuple):

@@ -40,6 +40,8 @@ from torch.optim import SGD, AdamW
 
 from lightning_gradclip import AGC, ClipMethod, GradientClipping, Normalize, NormClip, ValueClip
 
+pytestmark = pytest.mark.distributed
+
 LIMIT = 1.0
 
 

@@ -19,6 +19,8 @@ from torch.optim import SGD
 from lightning_gradclip import AGC, ClipMethod, Clipper, EmaClip, NormClip
 from lightning_gradclip.select import clean_names
 
+pytestmark = pytest.mark.distributed
+
 METHODS: dict[str, Callable[[], ClipMethod]] = {
     "norm": lambda: NormClip(max_norm=0.3),
     "layers, learned": lambda: EmaClip(warmup=1, per="layer"),

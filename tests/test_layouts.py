@@ -21,6 +21,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, ValueClip
 from lightning_gradclip.fold import Fold
 
+pytestmark = pytest.mark.distributed
+
 needs_fsdp2 = pytest.mark.skipif(not layouts.FSDP2_ON_CPU, reason="this torch knows FSDP2 on GPUs only")
 
 

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, EmaClip, NormClip, QuantileClip, ValueClip
 
+pytestmark = pytest.mark.distributed
+
 WEIGHTS = {
     "body.weight": random(5, 4, seed=1),
     "body.bias": random(5, seed=2),

@@ -15,6 +15,8 @@ from sharded import CASES, CORE, Case, Run
 
 from lightning_gradclip import AGC, NormClip
 
+pytestmark = pytest.mark.distributed
+
 FLATTENED = {name for name in SPREADS if name.startswith("fsdp1")} - {"fsdp1_none"}
 # Of each kind of pieces one layout takes every case; the others take some of each kind.
 THOROUGH = {"fsdp1_full", "fsdp2", "tensor", "sequence"}

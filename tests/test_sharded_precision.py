@@ -17,12 +17,13 @@ from lightning_gradclip import Clipper, NormClip
 
 # What torch says of its own parts, in one release or another.
 pytestmark = [
+    pytest.mark.distributed,
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
 
-LIMIT, SCALE, STEPS = 0.1, 1024.0, 5
+LIMIT, SCALE, STEPS = 0.1, 1024.0, 3
 # torch's own scaler refuses DTensors beside plain tensors, so that tensor parallelism has to come with FSDP2.
 SCALED = ["fsdp1_full", "fsdp1_hybrid", "fsdp2", "fsdp2_hybrid", "tensor_data"]
 
@@ -133,7 +134,7 @@ def test_an_overflow_on_one_rank_is_dropped_by_all(runs: Any, how: str) -> None:
     for found in ranks:
         ours = found[how]
         assert ours["scales"] == [SCALE] + [SCALE / 2] * (STEPS - 1)
-        assert ours["skipped"] == [False, True, False, False, False]
+        assert ours["skipped"] == [False, True, False]
         assert ours["norms"] == ranks[0][how]["norms"]
         assert ours["metrics"]["overflows"] == 1
         for key, value in ours["weights"].items():
@@ -146,26 +147,6 @@ def test_watching_leaves_training_as_it_is(runs: Any) -> None:
         for key, value in found["watched"]["weights"].items():
             assert np.array_equal(value, found["alone"]["weights"][key]), key
         np.testing.assert_allclose(found["watched"]["norms"][0], found["plain"]["norms"][0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["fsdp1_full", "fsdp2", "tensor_data"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_measured_in_float32(name: str, dtype: torch.dtype) -> None:
-    def work(rank: int) -> Any:
-        model = layouts.spread(name, layouts.net(dtype))
-        x, y = batches(rank, name)[0]
-        (model(x.to(dtype)) - y.to(dtype)).square().mean().backward()
-        before = layouts.whole(model, gradients=True)
-        stats = Clipper(model, NormClip(max_norm=LIMIT)).step()
-        after = layouts.whole(model, gradients=True)
-        return stats.norm.item(), stats.coef.item(), before, after
-
-    for norm, coef, before, after in workers.run(work, world=layouts.SPREADS[name].world):
-        true = np.sqrt(sum(float(value.double().square().sum()) for value in before.values()))
-        assert norm == pytest.approx(true, rel=1e-6)
-        for key, value in before.items():
-            expected = (value.float() * coef).to(dtype)
-            torch.testing.assert_close(after[key], expected, rtol=torch.finfo(dtype).eps, atol=0, msg=key)
 
 
 def test_lightnings_own_clipping_refuses_what_works_here() -> None:
@@ -205,9 +186,9 @@ def one_step(
         model = layouts.spread(name, layouts.net(dtype))
         return model, AdamW(model.parameters(), lr=0.01, fused=fused), scaler_for(name) if scaled else None
 
-    model, optimizer, scaler = prepared()
-    backward(model, scaler)
-    if scaler is not None:
+    if scaled:
+        model, optimizer, scaler = prepared()
+        backward(model, scaler)
         try:
             scaler.step(optimizer)
         except RuntimeError as error:

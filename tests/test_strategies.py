@@ -21,6 +21,8 @@ import lightning_gradclip
 from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormClip
 from lightning_gradclip.layout import local, settled
 
+pytestmark = pytest.mark.distributed
+
 STEPS = 4
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # The rows of the README's table and what stands for them here.
@@ -157,6 +159,14 @@ def alone(*names: str) -> dict[str, Any]:
     return clip_by(list(names))
 
 
+@cache
+def logged_alone(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]:
+    csv = CSVLogger(folder, name="alone")
+    options = {"logger": csv, "log_every_n_steps": 2, "dtype": torch.float32}
+    trainer = train(None, 0, GradientClipping(NormClip(max_norm=0.5)), **options)
+    return whole(trainer), csv_rows(csv)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
@@ -183,13 +193,10 @@ def test_every_method_gives_what_one_process_gives(name: str, folder: Path) -> N
 def test_what_is_logged(name: str, folder: Path) -> None:
     first, *others = trained(name, folder)
     weights, shown, calls = first["single"]
-    csv = CSVLogger(folder, name=f"{name} alone")
-    trainer = train(
-        None, 0, GradientClipping(NormClip(max_norm=0.5)), logger=csv, log_every_n_steps=2, dtype=torch.float32
-    )
+    weights_alone, theirs = logged_alone(folder)
     # Of float32 networks whose sums are taken in other orders.
-    close(weights, whole(trainer), rtol=2e-4)
-    ours, theirs = csv_rows(CSVLogger(folder, name=name, version=0)), csv_rows(csv)
+    close(weights, weights_alone, rtol=2e-4)
+    ours = csv_rows(CSVLogger(folder, name=name, version=0))
     assert [step for step, _ in ours] == [step for step, _ in theirs] == [1, 3]
     for (_, values), (_, expected) in zip(ours, theirs, strict=True):
         assert values == pytest.approx(expected, rel=2e-5)

@@ -18,6 +18,8 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_gradclip import EmaClip, GradientClipping, NormClip
 
+pytestmark = pytest.mark.distributed
+
 
 def sgd(params: Any) -> SGD:
     return SGD(params, lr=0.1, momentum=0.9)
