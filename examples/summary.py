@@ -68,7 +68,7 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
         rows[key.replace("val/", "validation ")] = f"{value:,.4g} (guessing: {guessing[key]:.4g})"
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
     rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
-    if node.get("history"):
+    if node.get("history") and "gradclip/norm" in log:
         written = report(trainer)
         rows["report"] = short(written) if Path(written).is_file() else written
     show("Outcome", rows)
@@ -115,7 +115,7 @@ def read_log(trainer: Trainer) -> Log:
             logger.save()
             with Path(logger.experiment.metrics_file_path).open(newline="") as file:
                 for row in csv.DictReader(file):
-                    step = int(row.pop("step")) + 1
+                    step = int(row.pop("step"))
                     for key, value in row.items():
                         if value:
                             log.setdefault(key, []).append((step, float(value)))

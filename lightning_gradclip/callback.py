@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_gradclip import amp, checks, conflicts, delegated, progress, strategy
 from lightning_gradclip.arguments import KnownArguments
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.clippers import Clippers
 from lightning_gradclip.delegated import Delegated
 from lightning_gradclip.framework import Callback, LightningModule, Trainer
 from lightning_gradclip.history_place import history_opening
@@ -84,12 +85,7 @@ class GradientClipping(KnownArguments, Callback):
         if optimizer is not None:
             checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
         if log_every_n_steps is not None:
-            checks.integer(
-                "log_every_n_steps",
-                log_every_n_steps,
-                at_least=1,
-                remedy="None takes the trainer's",
-            )
+            checks.integer("log_every_n_steps", log_every_n_steps, at_least=1, remedy="None takes the trainer's")
         if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"name must be a non-empty string, got {name!r}; the default is 'gradclip'")
         self.method = method
@@ -112,9 +108,8 @@ class GradientClipping(KnownArguments, Callback):
             "measure_per": measure_per,
             "fold": fold,
         }
-        self._clippers: dict[int, Clipper | Delegated] = {}
+        self._clippers = Clippers()
         self._delegated: Delegated | None = None
-        self._saved: dict[int, Any] = {}
         self._saved_norms: dict[int, Any] = {}
         self._publisher = Publisher(name, every=log_every_n_steps, prog_bar=prog_bar)
         self._recorder = Recorder(None, histograms=False)
@@ -133,7 +128,7 @@ class GradientClipping(KnownArguments, Callback):
         measure_per, writes = self._options["measure_per"], self._policy.writes
         conflicts.refuse(trainer, pl_module, self, measure_per=measure_per, writes=writes)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
-        self._clippers, self._saved, self._saved_norms = {}, {}, {}
+        self._clippers, self._saved_norms = Clippers(), {}
         self._saw_step, self._batches = False, 0
         self._recorder = Recorder(None, histograms=False)
         if delegated.is_delegated(trainer):
@@ -147,15 +142,8 @@ class GradientClipping(KnownArguments, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
         several = count > 1 and self.optimizer is None
-        if self.optimizer is not None and count and self.optimizer >= count:
-            known = "optimizer 0 only" if count == 1 else f"optimizers 0 to {count - 1}"
-            raise ValueError(
-                f"optimizer={self.optimizer} does not exist: the module configures {known}; "
-                "use one of these, or optimizer=None for every optimizer"
-            )
-        if lost := sorted(index for index in self._saved if index >= count):
-            rank_zero_warn(f"dropped the clipping state of optimizers {lost}: the module configures {count}")
-            self._saved = {index: state for index, state in self._saved.items() if index < count}
+        conflicts.refuse_unknown(self.optimizer, count)
+        self._clippers.expect(count)
         self._publisher.several = several
         settings = {"method": self.method, "action": self._policy.action, "measure_per": self._options["measure_per"]}
         opening = history_opening(trainer, self.history, self.name, several=several, only=self.optimizer, **settings)
@@ -164,7 +152,8 @@ class GradientClipping(KnownArguments, Callback):
         self._saved_norms = {}
         if self._delegated is not None:
             self._delegated.start()
-            self._take_up(self._delegated, 0)
+            self._clippers.take_up(self._delegated, 0)
+            self._recorder.listen_to(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
@@ -191,7 +180,8 @@ class GradientClipping(KnownArguments, Callback):
         clipper = self._clippers.get(index)
         if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
             clipper = self._clipper(trainer, pl_module, optimizer, clipper)
-            self._take_up(clipper, index)
+            self._clippers.take_up(clipper, index)
+            self._recorder.listen_to(clipper, index)
         self._last_batch = progress.batches(trainer)
         if clipper.has_details:
             clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
@@ -236,15 +226,13 @@ class GradientClipping(KnownArguments, Callback):
             self._recorder.close(device_answers=not lost)
 
     def state_dict(self) -> dict[str, Any]:
-        live = {index: clipper.state_dict() for index, clipper in self._clippers.items()}
         # Writes what is pending too: a run that resumes here takes the steps after it, and none of those before.
         norms = {**self._saved_norms, **self._recorder.state_dict()}
-        return {"clippers": {**self._saved, **live}, **({"norms": norms} if norms else {})}
+        return {"clippers": self._clippers.state_dict(), **({"norms": norms} if norms else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = dict(state_dict["clippers"])
+        self._clippers.load_state_dict(state_dict["clippers"])
         self._saved_norms = dict(state_dict.get("norms", {}))
-        self._clippers = {}
 
     def _clipper(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
@@ -256,13 +244,6 @@ class GradientClipping(KnownArguments, Callback):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.
             clipper.follow(before)
         return clipper
-
-    def _take_up(self, clipper: Clipper | Delegated, index: int) -> None:
-        """Log, record and save this one for the optimizer of this index, from where a checkpoint left off."""
-        if index in self._saved:
-            clipper.load_state_dict(self._saved.pop(index))
-        self._clippers[index] = clipper
-        self._recorder.listen_to(clipper, index)
 
     def _finish(self, trainer: Trainer) -> None:
         """Record and log what is left, which is done only once."""

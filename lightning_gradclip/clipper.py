@@ -1,8 +1,6 @@
 """The pipeline without a framework: select, measure, reduce, guard, limit, act, record."""
 
 import copy
-import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +19,7 @@ from lightning_gradclip.nonfinite import Skips
 from lightning_gradclip.policy import Policy, check_options
 from lightning_gradclip.select import Names, Selection
 from lightning_gradclip.single import SingleLimiter
-from lightning_gradclip.stats import Row, StepStats
+from lightning_gradclip.stats import StepStats
 from lightning_gradclip.units import UnitLimiter
 from lightning_gradclip.window import Window
 
@@ -84,7 +82,7 @@ class Clipper:
             checks.patterns("include", include),
             checks.patterns("exclude", exclude),
         )
-        self._fold = _fold_for(optimizer) if fold else None
+        self._fold = Fold(optimizer) if fold else None
         self._steps = 0
         self._window = Window()
         # Told of every recorded step, also of one that then raises.
@@ -114,7 +112,7 @@ class Clipper:
                 `max_consecutive_skips` steps in a row were dropped without a GradScaler.
         """
         with torch.no_grad():
-            if self._groups_changed():
+            if self._selection.is_outdated(self._optimizer):
                 self._select()
             if not amp.is_enabled(scaler):
                 scaler = None
@@ -126,10 +124,10 @@ class Clipper:
             gradients = self._selection.gradients(settle=self._policy.writes)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None and all(gradient is None for gradient in gradients):
-                return self._nothing()
+                return StepStats.of_nothing(self._limiter.scopes)
             outcome = self._limiter.judge(gradients, self._steps, scale)
             if outcome.nothing:
-                return self._nothing()
+                return StepStats.of_nothing(self._limiter.scopes)
             if scaler is not None and self._reducer is not None and self._policy.writes and self._optimizer is not None:
                 amp.agree(scaler, self._optimizer, outcome.finite)
             verdict = self._actor.act(outcome, self._steps, scaler)
@@ -213,21 +211,7 @@ class Clipper:
         self._steps = state["step"]
         self._skips.resume(state["skips_in_a_row"])
 
-    def _groups_changed(self) -> bool:
-        if self._optimizer is None:
-            return False
-        groups = self._optimizer.param_groups
-        if len(groups) != len(self._seen):
-            return True
-        for group, then in zip(groups, self._seen, strict=True):
-            now = group["params"]
-            if len(now) != len(then) or not all(map(operator.is_, now, then)):
-                return True
-        return False
-
     def _select(self) -> None:
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._seen = [tuple(group["params"]) for group in groups]
         self._selection: Selection = self._names.select(self._optimizer)
         self._actor.serve(self._selection)
         self._reducer = reduce.reducer_for(self._selection)
@@ -256,17 +240,3 @@ class Clipper:
         if self.listener is not None:
             self.listener(stats)
         return stats
-
-    def _nothing(self) -> StepStats:
-        sizes = torch.zeros(self._limiter.scopes.count, dtype=torch.float64, device="cpu")
-        limits = torch.full_like(sizes, math.inf)
-        row = Row(0.0, 0.0, math.inf if len(sizes) == 1 else math.nan, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-        return StepStats(row, sizes, limits, self._limiter.scopes)
-
-
-def _fold_for(optimizer: Optimizer | None) -> Fold:
-    if optimizer is None:
-        raise ValueError(
-            "fold=True hands the coefficient to the optimizer, but this clipper has none; pass optimizer= to Clipper"
-        )
-    return Fold(optimizer)

@@ -49,6 +49,20 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Any, *, measure_
         )
 
 
+def refuse_unknown(index: int | None, count: int) -> None:
+    """Refuse to serve an optimizer that the module has not configured.
+
+    Raises:
+        ValueError: If there are some, and none has this index.
+    """
+    if index is not None and count and index >= count:
+        known = "optimizer 0 only" if count == 1 else f"optimizers 0 to {count - 1}"
+        raise ValueError(
+            f"optimizer={index} does not exist: the module configures {known}; "
+            "use one of these, or optimizer=None for every optimizer"
+        )
+
+
 def refuse_stranger(optimizer: Optimizer, *, writes: bool) -> None:
     """Refuse to leave the gradients of an optimizer that the trainer does not know as they are.
 

@@ -24,10 +24,15 @@ class Fold:
         optimizer: A fused optimizer.
 
     Raises:
-        ValueError: If the optimizer would ignore the coefficient.
+        ValueError: If there is no optimizer, or it would ignore the coefficient.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            raise ValueError(
+                "fold=True hands the coefficient to the optimizer, but this clipper has none; pass optimizer= to "
+                "Clipper"
+            )
         # Wrappers such as Fabric's keep attributes to themselves.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
         self._handed = False

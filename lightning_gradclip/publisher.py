@@ -4,15 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lightning_gradclip.clipper import Clipper
-from lightning_gradclip.delegated import Delegated
+from lightning_gradclip.clippers import Clippers
 from lightning_gradclip.framework import Trainer
 from lightning_gradclip.histograms import Norms, log_histogram
 
 _IN_BAR = ("norm", "clip_rate")
-
-# By the index of their optimizer.
-Clippers = Mapping[int, Clipper | Delegated]
 
 
 class Publisher:

@@ -1,6 +1,7 @@
 """Which parameters a clipper serves, and what they are called."""
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Selection:
         groups: For each of them the name of its parameter group.
         owned: All parameters of the optimizer, selected or not.
         layouts: For each of them how it is laid out over the ranks.
+        by_group: What the optimizer's parameter groups held when it was asked.
     """
 
     params: tuple[Tensor, ...]
@@ -36,6 +38,20 @@ class Selection:
     groups: tuple[str, ...]
     owned: tuple[Tensor, ...]
     layouts: tuple[Layout, ...]
+    by_group: tuple[tuple[Tensor, ...], ...]
+
+    def is_outdated(self, optimizer: Optimizer | None) -> bool:
+        """Whether the optimizer has other parameters by now."""
+        if optimizer is None:
+            return False
+        groups = optimizer.param_groups
+        if len(groups) != len(self.by_group):
+            return True
+        for group, then in zip(groups, self.by_group, strict=True):
+            now = group["params"]
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return True
+        return False
 
     def gradients(self, *, settle: bool) -> list[Tensor | None]:
         """What this rank holds of the gradient of each parameter, None where absent.
@@ -145,7 +161,8 @@ class Names:
             )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
         layouts = layout.layouts(names, params, self._module)
-        return Selection(params, names, of_group, tuple(owned.values()), layouts)
+        by_group = tuple(tuple(group["params"]) for group in groups)
+        return Selection(params, names, of_group, tuple(owned.values()), layouts, by_group)
 
     def _admits(self, *names: str) -> bool:
         return _matches(names, self._include) and not _matches(names, self._exclude)

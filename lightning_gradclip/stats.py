@@ -51,6 +51,13 @@ class StepStats:
     measured: Tensor | None = None
     measured_places: Scopes | None = None
 
+    @classmethod
+    def of_nothing(cls, places: Scopes | Units) -> "StepStats":
+        """A step in which no parameter has a gradient."""
+        sizes = torch.zeros(places.count, dtype=torch.float64, device="cpu")
+        limits = torch.full_like(sizes, math.inf)
+        return cls(untouched(0.0, limits), sizes, limits, places)
+
     @property
     def sizes(self) -> Tensor:
         """What was measured in each scope, before clipping, `(S,)`."""
