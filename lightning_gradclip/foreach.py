@@ -5,6 +5,7 @@ on these functions, but they have no public names; where a release drops or chan
 give the same results more slowly.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,20 @@ _unscale: _Write | None = _found(torch, "_amp_foreach_non_finite_check_and_unsca
 _flatten: Callable[[Sequence[Tensor]], Tensor] | None = _found(
     _found(_found(torch, "_C"), "_nn"), "flatten_dense_tensors"
 )
+
+
+class _Arguments(threading.local):
+    """What `_unscale` is given, made once for each thread: making them takes longer than a small model does."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(mode=False):
+            # Whether an entry is not finite, which is known where this is used and read by nobody.
+            self.found = torch.zeros(1, dtype=torch.float32, device="cpu")
+            self.factor = torch.ones(1, dtype=torch.float32, device="cpu")
+        self.number = self.factor.numpy()
+
+
+_arguments = _Arguments()
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> Sequence[Tensor]:
@@ -69,8 +84,7 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
     if _unscale is None or sum(map(Tensor.numel, some)) > _SMALL * len(some):
         multiply_(tensors, torch.tensor(factor, dtype=torch.float32, device="cpu"))
         return
-    # Also notes whether an entry is not finite, which is known here and read by nobody.
-    found = torch.zeros(1, dtype=torch.float32, device="cpu")
-    _unscale(tensors, found, torch.full((1,), factor, dtype=torch.float32, device="cpu"))
+    _arguments.number[0] = factor
+    _unscale(tensors, _arguments.found, _arguments.factor)
     # Which this function, unlike the others, leaves to its caller.
     torch.autograd.graph.increment_version(tensors)

@@ -1,6 +1,8 @@
 """torch's operations over lists, with the private names that torch has and without them."""
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,6 +70,38 @@ class TestEachFunction:
         expected = [(one.float() * factor).to(dtype) for one in tensors(dtype)]
         assert all(map(same_bits, some, expected))
         assert [one._version for one in some] == [1] * 4
+
+    def test_threads_scale_each_by_its_own_factor(self) -> None:
+        factors = [0.5, 0.25, 2.0, 3.0]
+
+        def work(factor: float) -> set[float]:
+            results = set()
+            for _ in range(300):
+                some = list(torch.ones(40, 7))
+                foreach.scale_(some, factor)
+                results.update(torch.stack(some).unique().tolist())
+            return results
+
+        # The threads take turns as often as they can.
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(len(factors)) as pool:
+                assert list(pool.map(work, factors)) == [{factor} for factor in factors]
+        finally:
+            sys.setswitchinterval(before)
+
+    def test_scale_works_after_it_was_first_used_in_inference_mode(self) -> None:
+        def work() -> Tensor:
+            with torch.inference_mode():
+                foreach.scale_([torch.ones(3)], 0.5)
+            some = torch.ones(3)
+            foreach.scale_([some], 0.5)
+            return some
+
+        # Of a thread of its own, which has not used it before.
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(work).result().tolist() == [0.5] * 3
 
     @pytest.mark.parametrize("numel", [4095, 4096, 4097, 20_000])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
