@@ -1,8 +1,10 @@
 """The study of benchmarks/training: its tasks and rows, that it resumes and repeats, and what its page says."""
 
 import csv
+import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -36,6 +38,7 @@ from lightning_gradclip.report.advice import proposals
 from lightning_gradclip.report.find import find_runs
 
 TRAINING = Path(study.__file__).parent
+ROOT = TRAINING.parents[1]
 TASKS = sorted(path.stem for path in (TRAINING / "conf" / "task").glob("*.yaml"))
 CLIPPINGS = sorted(path.stem for path in (TRAINING / "conf" / "clipping").glob("*.yaml"))
 # Two steps, one of the generator among them, and little to validate on.
@@ -245,6 +248,35 @@ def test_pages_say_what_the_results_do(tmp_path: Path) -> None:
     better = sum(math.isnan(b) or a > b for a, b in pairs)
     assert page.duels(cell, shown, "zclip", "none", "too_high") == (better, 10 - better, 10)
     assert page.duels(cell, shown, "none", "none", "too_high") == (0, 0, 10)
+
+
+def committed() -> tuple[list[cells.Row], dict[str, cells.Task]]:
+    return cells.read_results(TRAINING / "results.csv"), cells.read_tasks()
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    rows, tasks = committed()
+    assert len({row["seed"] for row in rows}) >= 5
+    drawn = {name: f"study-{name}.png" for name in ("overview", *tasks)}
+    made = "\n\n".join(page.blocks(rows, tasks, drawn, "../benchmarks")) + "\n"
+    assert made == (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert all((ROOT / "docs" / name).is_file() for name in drawn.values())
+
+
+def test_the_readme_quotes_the_results() -> None:
+    found = cells.cells_of(*committed())
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition("| task | learning rate |")[2].splitlines()[2:]
+    quoted = 0
+    for line in itertools.takewhile(str.strip, lines):
+        task, rate, *told = line.strip("| ").split(" | ")
+        task, rate = task.strip("`").partition("`")[0], rate.strip().replace(" ", "_")
+        for clipping, value in re.findall(r"`(\w+)` ([^(]+\(\S+ to [^)]+\))", " ".join(told)):
+            cell = found[task, clipping, rate]
+            assert value == page.shown(cell), line
+            said = {5: "all diverged", 2: "two diverged", 1: "one diverged"}.get(cell.diverged)
+            assert said is None or said in line
+            quoted += 1
+    assert quoted == 13
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
