@@ -206,6 +206,13 @@ WAYS = {
     "tensor_data": Way(4, 2, _model_parallel(2, 2), _tensor_and_shard),
     "sequence": Way(2, 1, _model_parallel(1, 2), _sequence),
 }
+if not layouts.FSDP2_ON_CPU:
+    WAYS = {name: way for name, way in WAYS.items() if way.cut not in (shard, _tensor_and_shard)}
+
+
+def known(*names: str) -> list[str]:
+    """Those of the ways that this release of torch knows on CPUs."""
+    return [name for name in names if name in WAYS]
 
 
 def batches(count: int, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> list[Batch]:

@@ -12,7 +12,7 @@ import workers
 from boring import equal, fit
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BackboneFinetuning
-from strategies import WAYS, Batch, Fitted, batches, quieten_torch, spreading, whole
+from strategies import WAYS, Batch, Fitted, batches, known, quieten_torch, spreading, whole
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
@@ -119,7 +119,7 @@ LEFT_OUT = {"ddp": {"thawed"}, "fsdp2": {"LBFGS"}}
 @pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler looks at it
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", known("ddp", "fsdp2"))
 def test_two_ranks_do_what_one_process_does(way: str) -> None:
     def work(rank: int) -> dict[str, Any]:
         quieten_torch()
