@@ -33,7 +33,7 @@ study: $(VENV)/.ready-bench  ## train a part of the study of clipping, and make 
 	$(BIN)/python benchmarks/training/gather.py outputs/study outputs/study/results.csv
 	$(BIN)/python benchmarks/training/page.py outputs/study/results.csv outputs/study/study.md
 
-study-full: $(VENV)/.ready-bench  ## train all of it, and make docs/study.md anew (about an hour; goes on where it stopped)
+study-full: $(VENV)/.ready-bench  ## train all of it, and make docs/study.md anew (an hour and a half; goes on where it stopped)
 	@echo "==> Training 975 times, and 230 times for limits by advice"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training/study.py -m study=full
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training/advise.py

@@ -10,6 +10,7 @@ import layouts
 import torch
 import torch.distributed as dist
 import workers
+from pieces import digest
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -263,33 +264,41 @@ class Run(NamedTuple):
     Attributes:
         gradients: Whole gradients before clipping.
         taken: For each rank what was left, by case; an error where one was raised.
+        bits: Those of the gradients.
     """
 
     gradients: dict[str, Tensor]
     taken: list[dict[str, Taken | Exception]]
+    bits: bytes
 
 
-def run(name: str, cases: Mapping[str, Case] = CASES, dtype: torch.dtype = torch.float32, seed: int = 0) -> Run:
-    """All cases in one go."""
+def run_all(
+    cases: Mapping[str, Mapping[str, Case]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Run]:
+    """By layout its cases, all in one go."""
 
-    def work(rank: int) -> Any:
+    def work(rank: int, name: str) -> Any:
         spread = Spread(name, rank, dtype, seed)
         before, places = spread.whole(), spread.places()
         taken: dict[str, Any] = {}
-        for label, case in cases.items():
+        for label, case in cases[name].items():
             try:
                 taken[label] = spread.take(case)
             except ValueError as error:
                 taken[label] = error
         return before, places, taken
 
-    answers = workers.run(work, world=layouts.SPREADS[name].world, timeout=120.0)
+    answers = workers.run_each(work, {name: layouts.SPREADS[name].world for name in cases})
+    return {name: _put_together(ranks) for name, ranks in answers.items()}
+
+
+def _put_together(answers: Sequence[Any]) -> Run:
     before, places, _ = answers[0]
     taken = [answer[2] for answer in answers]
-    for label in cases:
+    for label in taken[0]:
         of_ranks = [one[label] for one in taken]
         if not isinstance(of_ranks[0], Exception):
             whole = joined([one.gradients for one in of_ranks], places)
             for one in taken:
                 one[label] = one[label]._replace(gradients=whole)
-    return Run(before, taken)
+    return Run(before, taken, digest(before))

@@ -133,11 +133,14 @@ def numbers(trainer: Trainer) -> dict[str, float]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key != "x"}
 
 
-@cache
 def trained(name: str, folder: Path) -> list[dict[str, Any]]:
     """All that the tests ask about one way, rank by rank."""
+    return all_trained(folder)[name]
 
-    def work(rank: int) -> dict[str, Any]:
+
+@cache
+def all_trained(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    def work(rank: int, name: str) -> dict[str, Any]:
         way = WAYS[name]
         said = refusals(way)
         names = [one for one in methods() if one not in said and (name in FIRST or re.match("NormClip|AGC|Value", one))]
@@ -151,7 +154,7 @@ def trained(name: str, folder: Path) -> list[dict[str, Any]]:
             "single": (whole(trainer), numbers(trainer), counting.calls),
         }
 
-    return workers.run(work, world=WAYS[name].world)
+    return workers.run_each(work, {name: way.world for name, way in WAYS.items()})
 
 
 @cache
@@ -272,9 +275,8 @@ def test_a_module_that_wraps_itself_is_looked_at_before_the_first_step() -> None
     assert "FSDP has cut parameter 'net.embed.weight'" in workers.run(work)[0]
 
 
-@pytest.mark.parametrize("name", known("fsdp1_full", "fsdp2", "sequence"))
-def test_observing_changes_no_bit(name: str) -> None:
-    def work(rank: int) -> list[Any]:
+def test_observing_changes_no_bit() -> None:
+    def work(rank: int, name: str) -> list[Any]:
         observing = GradientClipping(EmaClip(warmup=2, per="layer"), action="observe", measure_per="parameter")
         results = []
         for callbacks in ([], [observing]):
@@ -282,10 +284,12 @@ def test_observing_changes_no_bit(name: str) -> None:
             results.append((whole(trainer), numbers(trainer)))
         return results
 
-    (bare, observed), _ = workers.run(work)
-    assert equal(bare[0], observed[0])
-    assert observed[1]["gradclip/norm"] > 0
-    assert observed[1]["gradclip/norm_clipped"] < observed[1]["gradclip/norm"]
+    for (bare, observed), _ in workers.run_each(
+        work, dict.fromkeys(known("fsdp1_full", "fsdp2", "sequence"), 2)
+    ).values():
+        assert equal(bare[0], observed[0])
+        assert observed[1]["gradclip/norm"] > 0
+        assert observed[1]["gradclip/norm_clipped"] < observed[1]["gradclip/norm"]
 
 
 class TestLightningsOwnClipping:
@@ -298,13 +302,12 @@ class TestLightningsOwnClipping:
 
         workers.run(work)
 
-    @pytest.mark.parametrize("name", known("tensor", "tensor_data", "sequence"))
-    def test_it_fails_where_some_parameters_are_cut_and_others_not(self, name: str) -> None:
-        def work(rank: int) -> None:
+    def test_it_fails_where_some_parameters_are_cut_and_others_not(self) -> None:
+        def work(rank: int, name: str) -> None:
             with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor|same mesh|cross-mesh"):
                 train(WAYS[name], rank, gradient_clip_val=0.5)
 
-        workers.run(work, world=WAYS[name].world)
+        workers.run_each(work, {name: WAYS[name].world for name in known("tensor", "tensor_data", "sequence")})
 
     def test_it_fails_for_a_fused_optimizer_under_a_scaler(self) -> None:
         module = Fitted(torch.float32, lambda groups: AdamW(groups, fused=True))

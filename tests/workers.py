@@ -15,9 +15,12 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+# Seconds that other workers have to answer after one has failed.
+_GRACE = 0.5
 
 
 class WorkerError(Exception):
@@ -30,8 +33,13 @@ def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: 
     Results travel pickled: tensors arrive as copies, on the CPU.
 
     Raises:
-        WorkerError: As soon as one worker fails or dies, or after `timeout` seconds.
+        WorkerError: Soon after one worker fails or dies, or after `timeout` seconds.
     """
+    # What they would each import when they first use it.
+    import torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp.sharded_grad_scaler  # noqa: F401
+
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     port = _free_port()
@@ -56,28 +64,61 @@ def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: 
     return [results[rank] for rank in range(world)]
 
 
+def run_each(
+    function: Callable[..., Any], worlds: Mapping[str, int], *, timeout: float = 120.0
+) -> dict[str, list[Any]]:
+    """Call `function(rank, name)` for each name, in as many processes as `worlds` says; by name what `run` returns.
+
+    Names with worlds of one size come one after the other in the same processes, which saves most of the time.
+    """
+    found: dict[str, list[Any]] = {}
+    for world in sorted(set(worlds.values())):
+        names = [name for name in worlds if worlds[name] == world]
+
+        def work(rank: int, names: list[str] = names) -> dict[str, Any]:
+            results = {}
+            for name in names:
+                try:
+                    results[name] = function(rank, name)
+                except Exception as error:
+                    raise RuntimeError(f"at {name!r}") from error
+            return results
+
+        ranks = run(work, world=world, timeout=timeout)
+        found |= {name: [results[name] for results in ranks] for name in names}
+    return {name: found[name] for name in worlds}
+
+
 def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[int, Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(workers):
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < len(workers):
         # Asked before the queue is: what a dead worker has sent is in it by then.
-        dead = [rank for rank, worker in enumerate(workers) if not worker.is_alive() and rank not in results]
+        open_ones = [rank for rank in range(len(workers)) if rank not in results and rank not in failures]
+        dead = [rank for rank in open_ones if not workers[rank].is_alive()]
         try:
             rank, failure, result = answers.get(timeout=0.1)
         except queue.Empty:
             if dead:
-                codes = ", ".join(f"rank {rank} with exit code {workers[rank].exitcode}" for rank in dead)
-                _kill(workers)
-                raise WorkerError(f"died without an answer: {codes}") from None
-            if time.monotonic() > deadline:
-                late = [rank for rank in range(len(workers)) if rank not in results]
-                _kill(workers)
-                raise WorkerError(f"no answer in time from ranks {late}; their stacks are on stderr") from None
-            continue
-        if failure:
-            _kill(workers)
-            raise WorkerError(f"rank {rank}:\n{failure}")
-        results[rank] = pickle.loads(result)
-    return results
+                failures |= {rank: f"died without an answer, exit code {workers[rank].exitcode}" for rank in dead}
+            elif time.monotonic() > deadline:
+                break
+        else:
+            if failure:
+                failures[rank] = failure
+            else:
+                results[rank] = pickle.loads(result)
+        if failures:
+            # The others lose their connection to it: whoever comes first, all that went wrong is told.
+            deadline = min(deadline, time.monotonic() + _GRACE)
+    if len(results) == len(workers):
+        return results
+    for worker in workers:
+        worker.kill()
+    if failures:
+        raise WorkerError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
+    late = [rank for rank in range(len(workers)) if rank not in results]
+    raise WorkerError(f"no answer in time from ranks {late}; their stacks are on stderr")
 
 
 class _Pickler(pickle.Pickler):
@@ -99,11 +140,6 @@ def _tensor(bits: bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
     if not bits:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(bits), dtype=dtype).view(shape)
-
-
-def _kill(workers: list[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
 
 
 def _work(
