@@ -223,9 +223,8 @@ def others(rounds: int, quick: bool) -> tuple[str, dict[str, Any]]:
         "Other methods, CPU time with one thread; wall as above. The limit is one native pass that reads each tensor "
     )
     text += "that is measured, and native calls for what is written: `clamp_`, the optimizer's step. For AGC it is "
-    text += (
-        "`vector_norm` of the rows of gradients and weights, the only one with timm's bits, and `_foreach_mul_`.\n\n"
-    )
+    text += "torch's `vector_norm` of the rows of each gradient and weight, which has timm's bits, and "
+    text += "`_foreach_mul_`; many small tensors take less time together.\n\n"
     return text + table(head, rows), data
 
 

@@ -68,7 +68,7 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
         rows[key.replace("val/", "validation ")] = f"{value:,.4g} (guessing: {guessing[key]:.4g})"
     rows["logs"] = listed(logger.log_dir for logger in trainer.loggers)
     rows["checkpoints"] = listed(saved.best_model_path for saved in trainer.checkpoint_callbacks)
-    if node.get("history") and "gradclip/norm" in log:
+    if node.get("history") and "method" in node:
         written = report(trainer)
         rows["report"] = short(written) if Path(written).is_file() else written
     show("Outcome", rows)

@@ -44,7 +44,6 @@ class _Arguments(threading.local):
             # Whether an entry is not finite, which is known where this is used and read by nobody.
             self.found = torch.zeros(1, dtype=torch.float32, device="cpu")
             self.factor = torch.ones(1, dtype=torch.float32, device="cpu")
-        self.number = self.factor.numpy()
 
 
 _arguments = _Arguments()
@@ -84,7 +83,6 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
     if _unscale is None or sum(map(Tensor.numel, some)) > _SMALL * len(some):
         multiply_(tensors, torch.tensor(factor, dtype=torch.float32, device="cpu"))
         return
-    _arguments.number[0] = factor
-    _unscale(tensors, _arguments.found, _arguments.factor)
+    _unscale(tensors, _arguments.found, _arguments.factor.fill_(factor))
     # Which this function, unlike the others, leaves to its caller.
     torch.autograd.graph.increment_version(tensors)

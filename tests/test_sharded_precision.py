@@ -1,7 +1,7 @@
 """Loss scaling and half precision where gradients are cut: every rank unscales, clips and drops alike."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ pytestmark = [
 LIMIT, SCALE, STEPS = 0.1, 1024.0, 3
 # torch's own scaler refuses DTensors beside plain tensors, so that tensor parallelism has to come with FSDP2.
 SCALED = [name for name in ("fsdp1_full", "fsdp2", "tensor_data") if name in layouts.SPREADS]
+
+
+# Here one thing only is asked: whether replicas of a shard drop the same steps as well.
+REPLICATED = [name for name in ("fsdp1_hybrid", "fsdp2_hybrid") if name in layouts.SPREADS]
 
 
 def scaler_for(name: str) -> torch.amp.GradScaler:
@@ -100,6 +104,8 @@ def runs(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, dict[str, 
 
 
 def all_runs(rank: int, name: str) -> dict[str, dict[str, Any]]:
+    if name in REPLICATED:
+        return {"overflow True": train(rank, name, adamw(fused=True), scaled=True, bad=1)}
     plain = {"plain": train(rank, name, adamw(fused=False), scaled=False)}
     for fused in (False, True):
         plain[f"scaled {fused}"] = train(rank, name, adamw(fused), scaled=True)
@@ -127,9 +133,13 @@ def test_training_under_a_scaler_is_training_without(runs: Any, how: str) -> Non
         assert ours["scales"] == [SCALE] * STEPS
 
 
-@pytest.mark.parametrize("how", ["overflow False", "overflow True", "fold overflow"])
-def test_an_overflow_on_one_rank_is_dropped_by_all(runs: Any, how: str) -> None:
-    name, ranks = runs
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in SCALED for how in ("overflow False", "overflow True", "fold overflow")]
+    + [(name, "overflow True") for name in REPLICATED],
+)
+def test_an_overflow_on_one_rank_is_dropped_by_all(name: str, how: str) -> None:
+    ranks = [runs for runs, _ in found()[name]]
     for one in ranks:
         ours = one[how]
         assert ours["scales"] == [SCALE] + [SCALE / 2] * (STEPS - 1)
@@ -255,15 +265,15 @@ def outcomes(rank: int, name: str) -> dict[str, str]:
     return told
 
 
-@cache
+@workers.once
 def found() -> dict[str, list[tuple[Any, Any]]]:
     """By layout and rank, all that the tests ask about."""
 
     def work(rank: int, name: str) -> tuple[Any, Any]:
         return (
-            all_runs(rank, name) if name in SCALED else None,
+            all_runs(rank, name) if name in SCALED + REPLICATED else None,
             outcomes(rank, name) if name in COLUMNS.values() else None,
         )
 
-    names = [name for name in layouts.SPREADS if name in SCALED or name in COLUMNS.values()]
+    names = [name for name in layouts.SPREADS if name in {*SCALED, *REPLICATED, *COLUMNS.values()}]
     return workers.run_each(work, {name: layouts.SPREADS[name].world for name in names})

@@ -138,7 +138,7 @@ def trained(name: str, folder: Path) -> list[dict[str, Any]]:
     return all_trained(folder)[name]
 
 
-@cache
+@workers.once
 def all_trained(folder: Path) -> dict[str, list[dict[str, Any]]]:
     def work(rank: int, name: str) -> dict[str, Any]:
         way = WAYS[name]

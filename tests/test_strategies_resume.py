@@ -2,7 +2,6 @@
 
 import os
 import signal
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def straight(kind: str, world: int, folder: Path) -> list[dict[str, Any]]:
     return all_straight(folder)[f"{kind} on {world}"]
 
 
-@cache
+@workers.once
 def all_straight(folder: Path) -> dict[str, list[dict[str, Any]]]:
     def work(rank: int, name: str) -> dict[str, Any]:
         kind, world = runs[name]
@@ -102,7 +101,7 @@ def all_straight(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return workers.run_each(work, {name: world for name, (_, world) in runs.items()})
 
 
-@cache
+@workers.once
 def all_resumed(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What comes of going on where these have saved, in other processes."""
 

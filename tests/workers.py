@@ -5,6 +5,7 @@ test. Forking takes a fraction of a second where starting an interpreter and imp
 """
 
 import faulthandler
+import functools
 import gc
 import io
 import multiprocessing
@@ -64,12 +65,30 @@ def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: 
     return [results[rank] for rank in range(world)]
 
 
-def run_each(
-    function: Callable[..., Any], worlds: Mapping[str, int], *, timeout: float = 120.0
-) -> dict[str, list[Any]]:
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`functools.cache` that keeps what was raised as well: hundreds of tests do not run a broken thing again."""
+
+    @functools.cache
+    def outcome(*arguments: Any) -> tuple[Any, Exception | None]:
+        try:
+            return function(*arguments), None
+        except Exception as error:  # noqa: BLE001 - raised again for each that asks
+            return None, error
+
+    def told(*arguments: Any) -> Any:
+        result, error = outcome(*arguments)
+        if error is not None:
+            raise error
+        return result
+
+    return told
+
+
+def run_each(function: Callable[..., Any], worlds: Mapping[str, int], *, timeout: float = 60.0) -> dict[str, list[Any]]:
     """Call `function(rank, name)` for each name, in as many processes as `worlds` says; by name what `run` returns.
 
-    Names with worlds of one size come one after the other in the same processes, which saves most of the time.
+    Names with worlds of one size come one after the other in the same processes, which saves most of the time; each
+    has `timeout` seconds.
     """
     found: dict[str, list[Any]] = {}
     for world in sorted(set(worlds.values())):
@@ -80,11 +99,11 @@ def run_each(
             for name in names:
                 try:
                     results[name] = function(rank, name)
-                except Exception as error:
+                except BaseException as error:
                     raise RuntimeError(f"at {name!r}") from error
             return results
 
-        ranks = run(work, world=world, timeout=timeout)
+        ranks = run(work, world=world, timeout=timeout * len(names))
         found |= {name: [results[name] for results in ranks] for name in names}
     return {name: found[name] for name in worlds}
 
@@ -122,7 +141,10 @@ def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as plain bytes: torch's own way takes a tenth of a millisecond for each at either end."""
+    """Tensors as plain bytes: torch's own way takes a tenth of a millisecond for each at either end.
+
+    They arrive contiguous and without a gradient.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         import torch
