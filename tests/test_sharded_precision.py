@@ -25,11 +25,9 @@ pytestmark = [
 
 LIMIT, SCALE, STEPS = 0.1, 1024.0, 3
 # torch's own scaler refuses DTensors beside plain tensors, so that tensor parallelism has to come with FSDP2.
-SCALED = [name for name in ("fsdp1_full", "fsdp2", "tensor_data") if name in layouts.SPREADS]
-
-
-# Here one thing only is asked: whether replicas of a shard drop the same steps as well.
-REPLICATED = [name for name in ("fsdp1_hybrid", "fsdp2_hybrid") if name in layouts.SPREADS]
+SCALED = [name for name in ("fsdp1_full", "fsdp2") if name in layouts.SPREADS]
+# Here one thing only is asked: whether ranks that hold other pieces, or copies of them, drop the same steps as well.
+WIDER = [name for name in ("fsdp1_hybrid", "fsdp2_hybrid", "tensor_data") if name in layouts.SPREADS]
 
 
 def scaler_for(name: str) -> torch.amp.GradScaler:
@@ -104,8 +102,11 @@ def runs(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, dict[str, 
 
 
 def all_runs(rank: int, name: str) -> dict[str, dict[str, Any]]:
-    if name in REPLICATED:
-        return {"overflow True": train(rank, name, adamw(fused=True), scaled=True, bad=1)}
+    if name in WIDER:
+        return {
+            "overflow True": train(rank, name, adamw(fused=True), scaled=True, bad=1),
+            "fold overflow": train(rank, name, adamw(fused=True), scaled=True, fold=True, bad=1),
+        }
     plain = {"plain": train(rank, name, adamw(fused=False), scaled=False)}
     for fused in (False, True):
         plain[f"scaled {fused}"] = train(rank, name, adamw(fused), scaled=True)
@@ -136,7 +137,7 @@ def test_training_under_a_scaler_is_training_without(runs: Any, how: str) -> Non
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, how) for name in SCALED for how in ("overflow False", "overflow True", "fold overflow")]
-    + [(name, "overflow True") for name in REPLICATED],
+    + [(name, how) for name in WIDER for how in ("overflow True", "fold overflow")],
 )
 def test_an_overflow_on_one_rank_is_dropped_by_all(name: str, how: str) -> None:
     ranks = [runs for runs, _ in found()[name]]
@@ -271,9 +272,9 @@ def found() -> dict[str, list[tuple[Any, Any]]]:
 
     def work(rank: int, name: str) -> tuple[Any, Any]:
         return (
-            all_runs(rank, name) if name in SCALED + REPLICATED else None,
+            all_runs(rank, name) if name in SCALED + WIDER else None,
             outcomes(rank, name) if name in COLUMNS.values() else None,
         )
 
-    names = [name for name in layouts.SPREADS if name in {*SCALED, *REPLICATED, *COLUMNS.values()}]
+    names = [name for name in layouts.SPREADS if name in {*SCALED, *WIDER, *COLUMNS.values()}]
     return workers.run_each(work, {name: layouts.SPREADS[name].world for name in names})

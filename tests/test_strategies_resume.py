@@ -153,7 +153,6 @@ CHANGES = [
     ("ddp", 2, 1),
     ("fsdp1, full", 2, 1),
     ("fsdp1, sharded", 2, 4),
-    ("fsdp2, full", 2, 4),
     ("fsdp2, full", 2, 1),
     ("fsdp2, sharded", 2, 4),
     ("fsdp2, sharded", 4, 2),
