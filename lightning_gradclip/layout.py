@@ -1,4 +1,7 @@
-"""How a parameter is laid out over the ranks: whole, cut by FSDP, or a DTensor on a mesh."""
+"""How a parameter is laid out over the ranks: whole, cut by FSDP, or a DTensor on a mesh.
+
+What a tensor or module is made of says so itself: nothing of torch.distributed is imported before some of it is there.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -17,7 +19,7 @@ class Layout:
     Attributes:
         numel: How many entries it has over all ranks; None: as many as on this one.
         pieces: How many different pieces it is cut into; 1: every rank holds all of it.
-        ranks: The ranks among which it is cut or copied, if those are not all of the run.
+        ranks: The ranks among which it is cut or copied; None: all of the run.
         flattened: Whether the pieces are cut from a flat vector, so that rows fall into several pieces.
         joined: Whether several parameters of the model were joined into this one.
         distributed: Whether it is a DTensor.
@@ -71,11 +73,9 @@ def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
     """A tensor like this one of which this rank holds this piece."""
     if not is_distributed(tensor):
         return piece
-    from torch.distributed.tensor import DTensor
-
     distributed: Any = tensor
     like: Any = {"shape": distributed.shape, "stride": distributed.stride()}
-    return DTensor.from_local(piece, distributed.device_mesh, distributed.placements, run_check=False, **like)
+    return type(distributed).from_local(piece, distributed.device_mesh, distributed.placements, run_check=False, **like)
 
 
 def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -122,20 +122,17 @@ def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
     return Layout()
 
 
-def _ranks_of(mesh: Any) -> tuple[int, ...] | None:
+def _ranks_of(mesh: Any) -> tuple[int, ...]:
     # Of a part of a mesh the other parts hold copies, and there is no public way from it to the whole.
     root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
-    return _unless_all(root.mesh.flatten().tolist())
-
-
-def _unless_all(ranks: Sequence[int]) -> tuple[int, ...] | None:
-    return tuple(ranks) if len(ranks) < dist.get_world_size() else None
+    return tuple(root.mesh.flatten().tolist())
 
 
 def _flattened(module: nn.Module) -> dict[int, Layout]:
     """Layouts of the parameters that FSDP flattened, by their ids."""
     if not any(base.__name__ == "FullyShardedDataParallel" for one in module.modules() for base in type(one).__mro__):
         return {}
+    from torch.distributed import get_process_group_ranks
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     found: dict[int, Layout] = {}
@@ -149,7 +146,7 @@ def _flattened(module: nn.Module) -> dict[int, Layout]:
         pieces = 1 if whole else group.size()
         # There are copies outside the group.
         hybrid = "HYBRID" in one.sharding_strategy.name
-        ranks = None if hybrid else _unless_all(dist.get_process_group_ranks(group))
+        ranks = None if hybrid else tuple(get_process_group_ranks(group))
         numels = handle.flat_param._numels
         found[id(handle.flat_param)] = Layout(sum(numels), pieces, ranks, flattened=True, joined=True)
         for parameter, numel in zip(handle.flat_param._params or (), numels, strict=False):

@@ -1,4 +1,4 @@
-"""Local sizes to global sizes: the only file in which ranks talk to each other.
+"""Local sizes to global sizes: the only file in which ranks exchange what they measured.
 
 Where every rank holds whole gradients, as in one process and under DDP, which averages them before the clipper sees
 them, nothing is communicated. Where some are cut into pieces, each rank adds up the p-th powers of its pieces, and one
