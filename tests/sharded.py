@@ -103,7 +103,16 @@ CASES = dict([*_limits(), *_learners(), *_with_options()])
 # Some of each kind.
 CORE = [
     *(f"norm {per} p=2" for per in ("model", "group", "layer", "parameter")),
-    *("norm layer p=inf", "norm model p=3", "rms model", "rms parameter", "min_norm layer", "normalize parameter"),
+    *(
+        "norm layer p=inf",
+        "norm model p=inf",
+        "norm model p=1",
+        "norm model p=3",
+        "rms model",
+        "rms parameter",
+        "min_norm layer",
+        "normalize parameter",
+    ),
     *("value", "value unlike", "agc unit", "agc parameter", "quantile parameter", "sigma model", "zclip parameter"),
     *("ema model", "skip norm model", "observe agc unit", "observe value", "skip quantile model", "some included"),
     *("measure parameter only", "measure layer norm"),

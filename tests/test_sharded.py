@@ -26,7 +26,7 @@ THOROUGH = {"fsdp1_full", "fsdp2"}
 FEW = [
     *("norm model p=2", "norm group p=2", "norm parameter p=2", "norm layer p=inf", "rms parameter", "value"),
     *("normalize parameter", "agc unit", "agc parameter", "quantile parameter", "zclip parameter", "ema model"),
-    *("skip norm model", "measure parameter only"),
+    *("skip norm model", "measure parameter only", "norm model p=1", "norm model p=3"),
 ]
 
 
