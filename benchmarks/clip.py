@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, EmaClip, NormClip, QuantileClip, SigmaClip, ValueClip, ZClip
-from lightning_gradclip.measure import Meter
+from lightning_gradclip.gradients.read import Meter
 
 # What a limit is multiplied by at each call.
 FALL = 0.9999

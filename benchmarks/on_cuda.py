@@ -20,7 +20,8 @@ from timing import ratio, shown, table
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_gradclip import Clipper, NormClip, early_exit
+from lightning_gradclip import Clipper, NormClip
+from lightning_gradclip.gradients import cuda as early_exit
 
 # A decoder of 1.3 billion parameters: 24 blocks of width 2048.
 LARGE: sets.Shapes = [(50257, 2048), (2048, 2048), *sets.transformer(2048) * 24, (2048,), (2048,)]

@@ -24,9 +24,9 @@ from lightning.pytorch.loggers import CSVLogger
 from timing import table
 
 from lightning_gradclip import Clipper, GradientClipping, NormClip
-from lightning_gradclip.history_writer import HistoryWriter
-from lightning_gradclip.recorder import Recorder
-from lightning_gradclip.stats import Row
+from lightning_gradclip.record.history_writer import HistoryWriter
+from lightning_gradclip.record.step import Row
+from lightning_gradclip.trainer.record import Recorder
 
 # As many as lie between two log events, so that each stretch has one.
 STRETCH, STRETCHES = 50, 8

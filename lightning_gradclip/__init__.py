@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_gradclip.methods.sigma import SigmaClip as SigmaClip
     from lightning_gradclip.methods.value import ValueClip as ValueClip
     from lightning_gradclip.methods.zclip import ZClip as ZClip
-    from lightning_gradclip.stats import StepStats as StepStats
+    from lightning_gradclip.record.step import StepStats as StepStats
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
 

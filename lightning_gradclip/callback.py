@@ -9,17 +9,20 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, conflicts, delegated, progress, strategy
-from lightning_gradclip.arguments import KnownArguments
+from lightning_gradclip import checks
+from lightning_gradclip.act import scaler as amp
+from lightning_gradclip.act.policy import REQUIRED, Policy, check_options
+from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
-from lightning_gradclip.clippers import Clippers
-from lightning_gradclip.delegated import Delegated
-from lightning_gradclip.framework import Callback, LightningModule, Trainer
-from lightning_gradclip.history_place import history_opening
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.policy import REQUIRED, Policy, check_options
-from lightning_gradclip.publisher import Publisher
-from lightning_gradclip.recorder import Recorder
+from lightning_gradclip.trainer import conflicts, progress, strategy
+from lightning_gradclip.trainer import deepspeed as delegated
+from lightning_gradclip.trainer.clippers import Clippers
+from lightning_gradclip.trainer.deepspeed import Delegated
+from lightning_gradclip.trainer.history_place import history_opening
+from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
+from lightning_gradclip.trainer.log import Publisher
+from lightning_gradclip.trainer.record import Recorder
 
 
 class GradientClipping(KnownArguments, Callback):

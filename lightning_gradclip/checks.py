@@ -1,10 +1,17 @@
-"""Argument checks: one sentence of fact with the value, one of remedy."""
+"""Argument checks: one sentence of fact with the value, one of remedy.
+
+The door of everything that users configure: nothing here imports torch, so that whoever reads a record may use it.
+"""
 
 import math
 import os
 from collections.abc import Iterable, Mapping
+from inspect import Parameter, signature
 from numbers import Integral, Real
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def number(
@@ -89,6 +96,25 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
         if not isinstance(item, str) or not item:
             raise TypeError(f"{name} holds {item!r}, which is no pattern; write {name}=['encoder.*']")
     return cast("tuple[str, ...]", result)
+
+
+class KnownArguments:
+    """A base class that refuses unknown arguments with the list of the known ones.
+
+    Configurations are merged from files and command lines. Python names one key that does not belong, and none that
+    does. Where the constructor stands, `inspect.signature` goes on showing its arguments.
+    """
+
+    def __new__(cls, *args: Any, **arguments: Any) -> "Self":
+        del args
+        parameters = signature(cls.__init__).parameters.values()
+        known = [parameter.name for parameter in parameters][1:]
+        unknown = [name for name in arguments if name not in known]
+        if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+            raise TypeError(
+                f"{cls.__name__} has no argument {', '.join(map(repr, unknown))}; its arguments are {', '.join(known)}"
+            )
+        return super().__new__(cls)
 
 
 def _tail(remedy: str) -> str:

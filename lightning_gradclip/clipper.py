@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradclip import amp, checks, reduce
-from lightning_gradclip.act import Actor, Verdict
-from lightning_gradclip.elements import ElementLimiter
-from lightning_gradclip.fold import Fold
-from lightning_gradclip.limit import Limiter
+from lightning_gradclip import checks
+from lightning_gradclip.act import scaler as amp
+from lightning_gradclip.act.decide import Actor, Verdict
+from lightning_gradclip.act.fold import Fold
+from lightning_gradclip.act.policy import Policy, check_options
+from lightning_gradclip.act.skips import Skips
+from lightning_gradclip.gradients import ranks as reduce
+from lightning_gradclip.limit.entries import ElementLimiter
+from lightning_gradclip.limit.limiter import Limiter
+from lightning_gradclip.limit.single import SingleLimiter
+from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
-from lightning_gradclip.nonfinite import Skips
-from lightning_gradclip.policy import Policy, check_options
-from lightning_gradclip.select import Names, Selection
-from lightning_gradclip.single import SingleLimiter
-from lightning_gradclip.stats import StepStats
-from lightning_gradclip.units import UnitLimiter
-from lightning_gradclip.window import Window
+from lightning_gradclip.record.step import StepStats
+from lightning_gradclip.record.window import Window
+from lightning_gradclip.select.parameters import Names, Selection
 
 # What is smaller than a parameter is measured and written in its own way.
 _LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": ElementLimiter}

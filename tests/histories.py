@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_gradclip.history import STEP
-from lightning_gradclip.history_writer import HistoryWriter
+from lightning_gradclip.record.history import STEP
+from lightning_gradclip.record.history_writer import HistoryWriter
 
 Array = np.ndarray
 

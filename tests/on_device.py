@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_gradclip import ClipMethod, Clipper, Normalize, NormClip, StepStats, ValueClip
-from lightning_gradclip.layout import Layout
-from lightning_gradclip.reduce import Reduced, Reducer
+from lightning_gradclip.gradients.ranks import Reduced, Reducer
+from lightning_gradclip.select.layout import Layout
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot register a device that is written in Python")
 

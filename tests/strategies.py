@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import SGD, Optimizer
 
-from lightning_gradclip.layout import is_distributed
+from lightning_gradclip.select.layout import is_distributed
 
 Batch = tuple[Tensor, Tensor]
 Cut = Callable[[nn.Module, Any], None]

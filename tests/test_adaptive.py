@@ -35,7 +35,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradclip import ClipMethod, Clipper, EmaClip, GradientClipping, QuantileClip, SigmaClip, ZClip, learned
+from lightning_gradclip import ClipMethod, Clipper, EmaClip, GradientClipping, QuantileClip, SigmaClip, ZClip
+from lightning_gradclip.limit import learned
 
 KEY = "GradientClipping{'name': 'gradclip'}"
 

@@ -15,9 +15,9 @@ from streams import Fed, noisy
 
 import lightning_gradclip
 from lightning_gradclip import ClipMethod, GradientClipping, NormClip, QuantileClip, SigmaClip
-from lightning_gradclip.cli import main
-from lightning_gradclip.history import History
+from lightning_gradclip.record.history import History
 from lightning_gradclip.report import RunError, advice
+from lightning_gradclip.report.cli import main
 from lightning_gradclip.report.replay import moments, quantile_limits
 from lightning_gradclip.report.run import Run, from_history
 

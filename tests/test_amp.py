@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_gradclip import ClipMethod, Clipper, NormClip, amp
+from lightning_gradclip import ClipMethod, Clipper, NormClip
+from lightning_gradclip.act import scaler as amp
 
 # A power of two: scaling and unscaling are exact, so that runs with and without can be compared to the bit.
 SCALE = 1024.0

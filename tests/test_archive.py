@@ -9,7 +9,8 @@ from streams import Fed, noisy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradclip import QuantileClip, archive
+from lightning_gradclip import QuantileClip
+from lightning_gradclip.methods import archive
 
 QUANTILES = [0.0, 0.1, 0.5, 0.9, 1.0]
 

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 import lightning_gradclip
 from lightning_gradclip import ClipMethod, Clipper, StepStats, methods
-from lightning_gradclip.policy import ACTIONS, NONFINITE
+from lightning_gradclip.act.policy import ACTIONS, NONFINITE
 
 ROOT = Path(__file__).parents[1]
 MODULES = [name for _, name, _ in pkgutil.iter_modules(methods.__path__) if name != "method"]

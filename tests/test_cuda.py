@@ -11,7 +11,8 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_gradclip import ClipMethod, Clipper, NormClip, early_exit
+from lightning_gradclip import ClipMethod, Clipper, NormClip
+from lightning_gradclip.gradients import cuda as early_exit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 

@@ -10,7 +10,7 @@ import torch
 from gradients import same_bits
 from torch import Tensor
 
-from lightning_gradclip import early_exit
+from lightning_gradclip.gradients import cuda as early_exit
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -22,11 +22,11 @@ def kernel() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         # Read when the kernel is defined.
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, "lightning_gradclip.triton_scale", raising=False)
-        from lightning_gradclip import triton_scale
+        patch.delitem(sys.modules, "lightning_gradclip.gradients.triton_scale", raising=False)
+        from lightning_gradclip.gradients import triton_scale
 
         yield triton_scale
-    sys.modules.pop("lightning_gradclip.triton_scale", None)
+    sys.modules.pop("lightning_gradclip.gradients.triton_scale", None)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -111,7 +111,7 @@ def test_a_kernel_with_other_numbers_than_torch_is_not_used(kernel: ModuleType) 
 def test_a_kernel_that_cannot_be_built_is_not_used(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     del kernel
     early_exit._kernel.cache_clear()
-    monkeypatch.setitem(sys.modules, "lightning_gradclip.triton_scale", None)
+    monkeypatch.setitem(sys.modules, "lightning_gradclip.gradients.triton_scale", None)
     with pytest.warns(UserWarning, match=r"cannot be used on cpu \(ModuleNotFoundError.*repair or uninstall triton"):
         assert early_exit._kernel(CPU, torch.float32) is None
     early_exit._kernel.cache_clear()

@@ -15,7 +15,7 @@ from histories import record
 from torch.nn.functional import cross_entropy
 
 from lightning_gradclip import AGC, Clipper, GradientClipping
-from lightning_gradclip.history import History
+from lightning_gradclip.record.history import History
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, EmaClip, NormClip
-from lightning_gradclip.select import clean_names
+from lightning_gradclip.select.parameters import clean_names
 
 pytestmark = pytest.mark.distributed
 

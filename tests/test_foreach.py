@@ -9,7 +9,8 @@ import torch
 from gradients import same_bits
 from torch import Tensor
 
-from lightning_gradclip import AGC, ClipMethod, Clipper, NormClip, ValueClip, foreach
+from lightning_gradclip import AGC, ClipMethod, Clipper, NormClip, ValueClip
+from lightning_gradclip.gradients import foreach
 
 PRIVATE = ("_norm", "_mul", "_unscale", "_flatten")
 

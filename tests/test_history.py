@@ -14,10 +14,10 @@ import pytest
 from histories import COLUMNS, expected, names_at, norms_of, rows_of
 
 from lightning_gradclip import EmaClip, NormClip
-from lightning_gradclip.growing import HEADER_BYTES, HistoryFormatError
-from lightning_gradclip.history import STEP, History, HistoryError
-from lightning_gradclip.history_writer import HistoryWriter
-from lightning_gradclip.stats import Row
+from lightning_gradclip.record.growing import HEADER_BYTES, HistoryFormatError
+from lightning_gradclip.record.history import STEP, History, HistoryError
+from lightning_gradclip.record.history_writer import HistoryWriter
+from lightning_gradclip.record.step import Row
 
 Array = np.ndarray
 Opened = Callable[..., HistoryWriter]
@@ -26,7 +26,7 @@ Opened = Callable[..., HistoryWriter]
 ENDLESS = """
 import itertools, sys
 import numpy as np
-from lightning_gradclip.history_writer import HistoryWriter
+from lightning_gradclip.record.history_writer import HistoryWriter
 from histories import COLUMNS, norms_of, rows_of
 
 writer = HistoryWriter(sys.argv[1], columns=COLUMNS, start_step=int(sys.argv[2]), measure_per="layer")
@@ -41,8 +41,8 @@ for start in itertools.count(int(sys.argv[2]), 7):
 FULL_DISK = """
 import resource, sys
 import numpy as np
-from lightning_gradclip.history import History, HistoryError
-from lightning_gradclip.history_writer import HistoryWriter
+from lightning_gradclip.record.history import History, HistoryError
+from lightning_gradclip.record.history_writer import HistoryWriter
 from histories import COLUMNS, norms_of, rows_of
 
 folder, limit = sys.argv[1], int(sys.argv[2])

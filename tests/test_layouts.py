@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, ValueClip
-from lightning_gradclip.fold import Fold
+from lightning_gradclip.act.fold import Fold
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,8 @@ from gradients import SHAPES, named, normal, same_bits, two_groups
 from running_max import RunningMax
 from torch import Tensor, nn
 
-from lightning_gradclip import ClipMethod, Clipper, NormClip, learned
+from lightning_gradclip import ClipMethod, Clipper, NormClip
+from lightning_gradclip.limit import learned
 
 
 def sizes(count: int) -> Tensor:

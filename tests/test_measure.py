@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradclip import measure, pnorm
-from lightning_gradclip.measure import Meter
-from lightning_gradclip.scopes import Scopes
+from lightning_gradclip.gradients import norms as pnorm
+from lightning_gradclip.gradients import read as measure
+from lightning_gradclip.gradients.read import Meter
+from lightning_gradclip.select.scopes import Scopes
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 # Around the size above which a tensor is measured by rows, and with a last row that is not full.

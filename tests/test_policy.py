@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, GradientClipping, NormClip
-from lightning_gradclip.policy import ACTIONS, NONFINITE, Policy
+from lightning_gradclip.act.policy import ACTIONS, NONFINITE, Policy
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "AdamW": lambda parameters: AdamW(parameters, lr=0.05, weight_decay=0.1),

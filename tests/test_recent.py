@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gradclip import archive, ring
-from lightning_gradclip.everything import RECENT, Everything
-from lightning_gradclip.recent import Recent
+from lightning_gradclip.methods import archive, ring
+from lightning_gradclip.methods.everything import RECENT, Everything
+from lightning_gradclip.methods.recent import Recent
 
 QUANTILES = [0.0, 0.1, 0.5, 0.9, 1.0]
 

@@ -41,13 +41,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gradclip import AGC, Clipper, GradientClipping, NormClip, ValueClip
-from lightning_gradclip.cli import main
-from lightning_gradclip.growing import HistoryFormatError
-from lightning_gradclip.history import History
-from lightning_gradclip.pending import Pending
+from lightning_gradclip.record.growing import HistoryFormatError
+from lightning_gradclip.record.history import History
+from lightning_gradclip.record.pending import Pending
+from lightning_gradclip.record.step import Row, StepStats
+from lightning_gradclip.report.cli import main
 from lightning_gradclip.report.find import find_runs
-from lightning_gradclip.scopes import Scopes
-from lightning_gradclip.stats import Row, StepStats
+from lightning_gradclip.select.scopes import Scopes
 
 LIMIT = 4.0
 MARKUP = "<b>x<img src=x onerror=alert(1)>"

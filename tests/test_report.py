@@ -13,7 +13,7 @@ from histories import record
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradclip import GradientClipping, NormClip, ValueClip
-from lightning_gradclip.history import History
+from lightning_gradclip.record.history import History
 from lightning_gradclip.report.buckets import bucketed
 from lightning_gradclip.report.curve import what_if
 from lightning_gradclip.report.find import find_runs

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from histories import record
 
-from lightning_gradclip.cli import main
-from lightning_gradclip.history import History
+from lightning_gradclip.record.history import History
+from lightning_gradclip.report.cli import main
 
 NORMS = np.exp(np.random.default_rng(0).normal(size=300))
 
@@ -23,7 +23,7 @@ NORMS = np.exp(np.random.default_rng(0).normal(size=300))
 WITHOUT = """
 import sys
 sys.modules[{0!r}] = None
-from lightning_gradclip.cli import main
+from lightning_gradclip.report.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -8,7 +8,7 @@ import torch
 from streams import noisy
 from torch import Tensor
 
-from lightning_gradclip import ring
+from lightning_gradclip.methods import ring
 
 QUANTILES = [0.0, 0.1, 0.5, 0.9, 1.0]
 

@@ -6,8 +6,8 @@ from gradients import SCOPES, named, normal, two_groups
 from torch import nn
 from torch.nn import Parameter
 
-from lightning_gradclip.scopes import Scopes
-from lightning_gradclip.select import Names, clean_names
+from lightning_gradclip.select.parameters import Names, clean_names
+from lightning_gradclip.select.scopes import Scopes
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,8 @@ from lightning_gradclip import (
     StepStats,
     ZClip,
 )
-from lightning_gradclip.arithmetic import Number
-from lightning_gradclip.single import SingleLimiter
+from lightning_gradclip.limit.single import SingleLimiter
+from lightning_gradclip.methods.numbers import Number
 
 RULES: Mapping[str, Callable[[], ClipMethod]] = {
     **LEARNERS,

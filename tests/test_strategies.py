@@ -19,7 +19,7 @@ from torch.optim import AdamW
 
 import lightning_gradclip
 from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormClip
-from lightning_gradclip.layout import local, settled
+from lightning_gradclip.select.layout import local, settled
 
 pytestmark = pytest.mark.distributed
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_gradclip import ClipMethod, Clipper, pnorm
-from lightning_gradclip.measure import Meter
-from lightning_gradclip.scopes import Units
-from lightning_gradclip.unit_norms import UnitMeter
+from lightning_gradclip import ClipMethod, Clipper
+from lightning_gradclip.gradients import norms as pnorm
+from lightning_gradclip.gradients.read import Meter
+from lightning_gradclip.gradients.units import UnitMeter
+from lightning_gradclip.select.scopes import Units
 
 CPU = torch.device("cpu")
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]

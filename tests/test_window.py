@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradclip.stats import Row
-from lightning_gradclip.window import Window
+from lightning_gradclip.record.step import Row
+from lightning_gradclip.record.window import Window
 
 GOOD = Row(norm=2.0, norm_clipped=1.0, limit=1.0, coef=0.5, clipped=1.0, finite=1, skipped=0, changed=1, overflow=0)
 BAD = GOOD._replace(norm=math.inf, norm_clipped=0.0, coef=0.0, finite=0.0, skipped=1.0)

@@ -11,7 +11,7 @@ from gradients import Witness, named, same_bits
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gradclip import write
+from lightning_gradclip.gradients import write
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 

@@ -1,1 +1,4 @@
-"""The clipping methods: one file each, named like its YAML file and its test."""
+"""The rules: how large each scope may be, one rule a file, and what rules remember and count with.
+
+Door: `method.ClipMethod` and its subclasses. A method sees sizes and answers with limits; it knows no gradient.
+"""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.schedule import Scheduled, scheduled, value_at
+from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
 
 _SMALLEST = 1e-6
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
-from lightning_gradclip.arithmetic import Number, Truth, divide, minimum, together, where
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.methods.numbers import Number, Truth, divide, minimum, together, where
 
 # That of the clipping by norm which the warm-up is.
 _EPSILON = 1e-6

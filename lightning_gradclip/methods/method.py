@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradclip.arguments import KnownArguments
-from lightning_gradclip.arithmetic import Number, divide, full, where
+from lightning_gradclip.checks import KnownArguments
+from lightning_gradclip.methods.numbers import Number, divide, full, where
 
 
 def _row(value: float) -> Tensor:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_gradclip import checks
-from lightning_gradclip.arithmetic import Number, divide, full, largest, minimum, where
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.schedule import Scheduled, scheduled, value_at
+from lightning_gradclip.methods.numbers import Number, divide, full, largest, minimum, where
+from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
 
 
 @dataclass(kw_only=True)

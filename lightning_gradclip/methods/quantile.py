@@ -24,9 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradclip import archive, checks, ring
-from lightning_gradclip.arithmetic import Number, Truth
+from lightning_gradclip import checks
+from lightning_gradclip.methods import archive, ring
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.methods.numbers import Number, Truth
 
 
 @dataclass(kw_only=True)

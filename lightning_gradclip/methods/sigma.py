@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_gradclip import checks, ring
-from lightning_gradclip.arithmetic import Number, Truth, where
+from lightning_gradclip import checks
+from lightning_gradclip.methods import ring
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.methods.numbers import Number, Truth, where
 
 
 @dataclass(kw_only=True)

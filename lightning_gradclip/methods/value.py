@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.schedule import Scheduled, greatest, least, scheduled, value_at
+from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
 
 
 @dataclass(kw_only=True)

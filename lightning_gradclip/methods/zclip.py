@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip import checks
-from lightning_gradclip.arithmetic import Number, Truth, divide, maximum, minimum, real, sqrt, where
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.schedule import Scheduled, scheduled, value_at
+from lightning_gradclip.methods.numbers import Number, Truth, divide, maximum, minimum, real, sqrt, where
+from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
 
 MODES = ("reciprocal", "mean", "max")
 MEMORIES = ("winsorized", "faithful")

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from lightning_gradclip.history import ScopePart
+from lightning_gradclip.record.history import ScopePart
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.run import Numbers, Run, comparable
 

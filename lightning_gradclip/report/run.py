@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradclip.history import History, ScopePart
+from lightning_gradclip.record.history import History, ScopePart
 from lightning_gradclip.report import RunError
 
 Numbers: TypeAlias = npt.NDArray[np.float64]

@@ -1,0 +1,124 @@
+"""Handing the coefficient to a fused optimizer instead of writing the gradients: one pass over the memory less.
+
+Fused optimizers of torch divide the gradients by their attribute `grad_scale`, and leave out the step where `found_inf`
+is 1, while they read the gradients anyway. GradScaler multiplies its own scale into a `grad_scale` that is there. Other
+optimizers ignore the attributes, or raise, so they are refused.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradclip.select.parameters import Selection
+
+_FUSED = "torch.optim.Adam, AdamW, SGD or Adagrad with fused=True"
+
+
+class Fold:
+    """Hands coefficients to one optimizer.
+
+    Args:
+        optimizer: A fused optimizer.
+
+    Raises:
+        ValueError: If there is no optimizer, or it would ignore the coefficient.
+    """
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            raise ValueError(
+                "fold=True hands the coefficient to the optimizer, but this clipper has none; pass optimizer= to "
+                "Clipper"
+            )
+        # Wrappers such as Fabric's keep attributes to themselves.
+        self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
+        self._handed = False
+        self._scaled = False
+        self._require_fused()
+        self._optimizer.register_step_post_hook(self._take_back)
+
+    def require_all(self, selection: Selection) -> None:
+        """Refuse patterns that leave out a parameter: the optimizer would divide its gradient as well.
+
+        Raises:
+            ValueError: If a parameter of the optimizer is not selected.
+        """
+        chosen = set(map(id, selection.params))
+        left = sum(id(parameter) not in chosen for parameter in selection.owned)
+        if left:
+            raise ValueError(
+                f"fold=True scales all gradients of the optimizer, but include and exclude leave out {left} of its "
+                f"{len(selection.owned)} parameters; use fold=False, or admit all"
+            )
+
+    def can_leave_out(self, *, alike: bool) -> bool:
+        """Whether a step that the optimizer leaves out changes nothing.
+
+        In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it.
+
+        Args:
+            alike: Whether the answer must not depend on which gradients are here, since other ranks have others.
+        """
+        for group in self._optimizer.param_groups:
+            if not group.get("momentum"):
+                continue
+            first = next((one for one in group["params"] if one.grad is not None), None)
+            if alike or (first is not None and not self._optimizer.state.get(first)):
+                return False
+        return True
+
+    def hand(self, coef: Tensor | float | None, dropped: Tensor | None, *, scaled: bool) -> None:
+        """Have the next step multiply the gradients, and leave itself out.
+
+        Args:
+            coef: What to multiply by, a tensor of one element or a float; None: nothing.
+            dropped: 1 to leave out the step, else 0, 0-d; None: it is not left out.
+            scaled: Whether a GradScaler steps the optimizer, which decides by itself what is left out.
+
+        Raises:
+            RuntimeError: If another clipper has handed over a coefficient for the same step.
+            ValueError: If the optimizer is not fused any more.
+        """
+        self._require_fused()
+        if getattr(self._optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}.grad_scale is set already, so another clipper has handed this "
+                "optimizer a coefficient for the same step; fold=True serves one clipper for each optimizer"
+            )
+        self._scaled = scaled
+        if isinstance(coef, Tensor):
+            self._optimizer.grad_scale = coef.reciprocal().to(torch.float32).view(())
+        elif coef is not None:
+            self._optimizer.grad_scale = torch.tensor(
+                1.0 / coef if coef else math.inf, dtype=torch.float32, device="cpu"
+            )
+        self._handed = True
+        if dropped is not None and not scaled:
+            self._optimizer.found_inf = dropped.to(torch.float32)
+
+    def withdraw(self) -> None:
+        """Take back what the next step would have used, if that is ours."""
+        if not self._handed:
+            return
+        self._handed = False
+        for name in ("grad_scale", "found_inf"):
+            vars(self._optimizer).pop(name, None)
+
+    def _take_back(self, *_: Any) -> None:
+        if self._scaled:
+            # The scaler removes the attributes itself, and would miss them.
+            self._handed = False
+        else:
+            self.withdraw()
+
+    def _require_fused(self) -> None:
+        name = type(self._optimizer).__name__
+        supported = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        if not supported or not all(group.get("fused") for group in self._optimizer.param_groups):
+            raise ValueError(
+                f"fold=True hands the coefficient to a fused optimizer, but {name} would ignore it; "
+                f"use {_FUSED}, or fold=False, which writes the gradients"
+            )

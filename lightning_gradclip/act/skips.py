@@ -1,0 +1,108 @@
+"""What to do about non-finite gradients and dropped steps: words for people, and a bound in a row."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip.gradients.norms import dense_values
+
+_NAMED = 5
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether all entries are."""
+    return bool(torch.isfinite(dense_values(gradient)).all())
+
+
+def offenders(names: Sequence[str], flags: Sequence[bool]) -> str:
+    """The first parameters whose gradient is not finite, as text."""
+    bad = [name for name, one in zip(names, flags, strict=True) if one]
+    listed = ", ".join(bad[:_NAMED])
+    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return f"{listed}{more}" if bad else "no parameter: every entry is finite and their norm overflows"
+
+
+def error(step: int, culprits: str) -> FloatingPointError:
+    """What nonfinite="raise" raises."""
+    return FloatingPointError(
+        f"non-finite gradients at optimizer step {step} in {culprits}; "
+        "lower the learning rate, check the data of this batch, or use nonfinite='skip'"
+    )
+
+
+class Skips:
+    """Counts dropped steps in a row, warns at the first, and ends training when there are too many."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self._in_a_row = 0
+        self._warned = False
+        self._noted: tuple[Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        self._in_a_row = 0
+        if self._noted is not None:
+            self.note(torch.zeros_like(self._noted[0]))
+
+    def count(self) -> int:
+        """Steps dropped in a row up to now; looks at what was noted, which makes the host wait for the device."""
+        return self._in_a_row if self._noted is None else int(self._noted[0].item())
+
+    def resume(self, in_a_row: int) -> None:
+        """Go on from this count."""
+        self._in_a_row, self._noted = in_a_row, None
+
+    def note(self, dropped: Tensor) -> None:
+        """Count a step that a device may have dropped, 1 or 0, 0-d, without looking."""
+        if self._noted is None:
+            self._noted = torch.full_like(dropped, self._in_a_row), torch.zeros_like(dropped)
+        in_a_row = (self._noted[0] + 1) * dropped
+        self._noted = in_a_row, torch.maximum(self._noted[1], in_a_row)
+
+    def review(self, step: int) -> None:
+        """Look at what was noted, which makes the host wait for the device.
+
+        Raises:
+            FloatingPointError: If more than `most` steps in a row were dropped.
+        """
+        if self._noted is None:
+            return
+        in_a_row, longest = map(int, torch.stack(self._noted).tolist())
+        self._noted, self._in_a_row = None, in_a_row
+        if self.most is not None and longest > self.most:
+            raise self._too_many(longest, step, "not finite or over the limit")
+
+    def speaks(self, *, bounded: bool) -> bool:
+        """Whether the next `add` says why: finding out costs more than counting."""
+        return not self._warned or (bounded and self.most is not None and self._in_a_row >= self.most)
+
+    def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
+        """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing.
+
+        Raises:
+            FloatingPointError: If more than `most` steps in a row were dropped.
+        """
+        if self._noted is not None:
+            self.note(torch.ones_like(self._noted[0]))
+        self._in_a_row = self._in_a_row + 1 if self._noted is None else self.count()
+        if bounded and self.most is not None and self._in_a_row > self.most:
+            raise self._too_many(self._in_a_row, step, reason)
+        if self._warned:
+            return
+        self._warned = True
+        if warn:
+            warnings.warn(
+                f"dropped optimizer step {step}: {reason}. Parameters and optimizer state stay as they are; "
+                "further dropped steps are counted, not announced",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _too_many(self, count: int, step: int, reason: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{count} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
+            "training makes no progress. Lower the learning rate, check the data, raise the limit, "
+            f"or raise max_consecutive_skips (now {self.most})"
+        )

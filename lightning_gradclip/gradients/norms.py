@@ -1,0 +1,118 @@
+"""The arithmetic of p-norms: joining norms of pieces, and the ranges in which a float32 sum of powers is exact."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_gradclip.select.scopes import Scopes
+
+# Entries converted to float64 at once: a mebibyte.
+_BLOCK = 2**17
+
+
+def vector_norm(value: Tensor, norm_type: float, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """torch's, which is not annotated."""
+    return torch.linalg.vector_norm(value, norm_type, dim=dim, dtype=dtype)
+
+
+def joint_norm(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of a vector of p-norms, 0-d, in the widest dtype; 0 for none."""
+    norms = norms.to(widest(norms.device))
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    if norm_type <= 2.0 or math.isinf(norm_type):
+        norm = vector_norm(norms, norm_type)
+        if norms.device.type != "cpu" or 1e-100 < norm.item() < 1e100:
+            return norm
+    # Higher powers, and float64 gradients of extreme size, leave the range of float64.
+    largest = norms.amax()
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    return scale * vector_norm(norms / scale, norm_type)
+
+
+def scope_norms(norms: Tensor, scopes: Scopes, norm_type: float) -> Tensor:
+    """The joint p-norm of each scope, `(S,)`, from the norm of each parameter."""
+    count = scopes.count
+    if count == len(scopes.index) > 1:
+        return norms
+    if count == 1:
+        return joint_norm(norms, norm_type).view(1)
+    return grouped_norms(norms, scopes.index_on(norms.device), count, norm_type)
+
+
+def grouped_norms(norms: Tensor, index: Tensor, count: int, norm_type: float) -> Tensor:
+    """The joint p-norm of each group, `(count,)`, from norms `(N,)` and the group of each, `(N,)`."""
+    zeros = norms.new_zeros(count)
+    largest = zeros.scatter_reduce(0, index, norms, "amax")
+    if math.isinf(norm_type):
+        return largest
+    # Higher powers would leave the range of float64: each group is scaled by its largest norm.
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    sums = zeros.scatter_add(0, index, (norms / scale[index]).pow(norm_type))
+    return scale * sums.pow(1.0 / norm_type)
+
+
+def exact_norm(value: Tensor, norm_type: float) -> Tensor:
+    """The p-norm in float64, scaled by the largest entry, 0-d: slow, and right for any finite entries."""
+    if value.numel() == 0:
+        return torch.zeros((), device=value.device)
+    if value.device.type == "cpu" and value.dtype.is_floating_point:
+        return _exact_norm_on_cpu(value, norm_type)
+    magnitude = value.abs()
+    largest = magnitude.amax()
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).to(widest(value.device))
+    return scale * vector_norm(magnitude.to(scale.dtype) / scale, norm_type)
+
+
+def _exact_norm_on_cpu(value: Tensor, norm_type: float) -> Tensor:
+    """The same a block at a time, since a copy of a large gradient may not fit."""
+    low, high = torch.aminmax(value)
+    largest = torch.maximum(-low, high).double()
+    if norm_type == math.inf or not 0 < largest.item() < math.inf:  # zeros, or not finite
+        return largest
+    blocks = in_memory_order(value).reshape(-1).split(_BLOCK)
+    norms = [vector_norm(block.double() / largest, norm_type) for block in blocks]
+    return largest * joint_norm(torch.stack(norms), norm_type)
+
+
+def is_suspect(norm: float, norm_type: float) -> bool:
+    """Whether a fast norm may have overflowed or underflowed."""
+    return not smallest(norm_type) <= norm < math.inf
+
+
+@lru_cache(maxsize=64)
+def smallest(norm_type: float) -> float:
+    """Norms below this may have lost entries whose p-th power is below float32's normal range, about 1e-38."""
+    return 0.0 if math.isinf(norm_type) else 1e-24 ** (1.0 / norm_type)
+
+
+def accumulator(dtype: torch.dtype, norm_type: float) -> torch.dtype | None:
+    """The dtype to sum in; None: the gradient's own, which is wide enough."""
+    if norm_type != 2.0 and not math.isinf(norm_type):
+        return torch.complex128 if dtype.is_complex else torch.float64
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dense_values(tensor: Tensor) -> Tensor:
+    """The stored entries: duplicates of a sparse gradient are added up first."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def in_memory_order(value: Tensor) -> Tensor:
+    """A view with the strides descending, contiguous for channels-last and transposed tensors."""
+    if value.is_contiguous():
+        return value
+    return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True))
+
+
+@lru_cache(maxsize=64)
+def integers_on(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor, kept: copying them to a device anew at every step would make the host wait for it."""
+    return torch.tensor(values, dtype=torch.long, device="cpu").to(device)

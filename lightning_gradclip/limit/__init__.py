@@ -1,0 +1,4 @@
+"""From sizes and a rule to limits and coefficients: all that is known of a step before anything is done about it.
+
+Door: `limiter.Limiter`, whose `judge` gives an `Outcome` and whose `learn` lets the method remember a step.
+"""

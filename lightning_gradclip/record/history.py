@@ -1,0 +1,208 @@
+"""The record of a run, step by step, in a folder beside its logs; written and read with NumPy alone.
+
+    meta.json        what was recorded: format and version, and the settings of each part of the run
+    steps.npy        one row a step: `pandas.DataFrame(numpy.load("steps.npy"))`
+    scopes.0.npy     with measure_per: the norms of each scope at each step, float32 `(rows, scopes)`, NaN where absent
+    scopes.0.json    the names of these scopes, and the row of steps.npy that the first row belongs to
+    scopes.1.npy     the same from where the scopes changed, for example when layers were unfrozen
+
+A row takes 52 bytes: 52 MB for a million steps. Norms are float64, as clipping computes them, so that a decision can be
+repeated from the record, and so that an exploding norm has a number beyond the 3e38 of float32. Norms of scopes are
+there to be looked at, and there are many of them: float32.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradclip.record.growing import HistoryFormatError, read_rows
+
+FORMAT, VERSION = "lightning-gradclip history", 1
+STEP = np.dtype(
+    [
+        ("step", "<i8"),  # on Lightning's own axis, as in the loggers; several optimizer steps of a batch share it
+        ("norm", "<f8"),
+        ("norm_clipped", "<f8"),
+        ("limit", "<f8"),
+        ("coef", "<f8"),
+        ("clipped", "<f8"),
+        ("finite", "?"),
+        ("skipped", "?"),
+        ("changed", "?"),
+        ("overflow", "?"),
+    ]
+)
+NORM = np.dtype("<f4")
+
+Steps: TypeAlias = npt.NDArray[np.void]
+Norms: TypeAlias = npt.NDArray[np.float32]
+
+
+class HistoryError(OSError):
+    """The history could not be written, as on a full disk; what was written before stays readable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScopePart:
+    """The norms of the measured scopes over some consecutive steps.
+
+    Attributes:
+        first_row: The row of `History.steps` that the first row of `norms` belongs to.
+        names: The scopes, `S` of them.
+        norms: Before clipping, float32 `(rows, S)`, NaN where a scope had no gradient; mapped from the file.
+    """
+
+    first_row: int
+    names: tuple[str, ...]
+    norms: Norms
+
+
+class History:
+    """Reads what a `HistoryWriter` wrote, also while it goes on writing.
+
+    Args:
+        folder: The folder of one optimizer's history.
+
+    Raises:
+        OSError: If a file cannot be read.
+        HistoryFormatError: If this is not a history, or it is damaged, or of another version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        """Format, version, name and optimizer of the callback; `segments`: the settings, each `from_step` on."""
+        try:
+            # Parts are written before the rows they belong to, so they are read after them.
+            self.steps: Steps = read_steps(self.folder)
+            """One row a step, `(rows,)`, with the fields of `STEP`."""
+            self.parts = tuple(part for part in _read_parts(self.folder, len(self.steps)) if len(part.norms))
+            """The norms of the measured scopes; none without `measure_per`."""
+        except FileNotFoundError as error:
+            raise HistoryFormatError(f"{self.folder} holds no steps: {error.filename} is missing") from error
+
+    def scope_norms(self) -> tuple[tuple[str, ...], Norms]:
+        """All parts joined: names in order of appearance, `S`, and norms, `(len(steps), S)`, NaN where absent."""
+        names = tuple(dict.fromkeys(name for part in self.parts for name in part.names))
+        place = {name: column for column, name in enumerate(names)}
+        joined = np.full((len(self.steps), len(names)), np.nan, NORM)
+        for part in self.parts:
+            rows = slice(part.first_row, part.first_row + len(part.norms))
+            joined[rows, [place[name] for name in part.names]] = part.norms
+        return names, joined
+
+
+def describe(method: object) -> dict[str, Any]:
+    """Class and settings of a method in types that JSON knows."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return {
+        "class": type(method).__name__,
+        "settings": {field.name: plain(getattr(method, field.name)) for field in fields},
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON knows: it has no infinity, and no keys but strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `meta.json` says, once it is sure that this version understands it.
+
+    Raises:
+        OSError: If it cannot be read.
+        HistoryFormatError: If it is not that of a history, or of another version.
+    """
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise HistoryFormatError(f"{folder} is not a history: it has no meta.json") from error
+    except ValueError as error:
+        raise HistoryFormatError(f"{path} is damaged: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise HistoryFormatError(f"{path} was not written by lightning-gradclip; name the folder of a history")
+    if meta.get("version") != VERSION:
+        raise HistoryFormatError(
+            f"{folder} is a history of version {meta.get('version')!r}, written by lightning-gradclip "
+            f"{meta.get('package')!r}, and this version reads {VERSION}; use that release, or another folder"
+        )
+    if not _has_segments(meta):
+        raise HistoryFormatError(f"{path} is damaged: it does not say which settings were used")
+    return meta
+
+
+def read_steps(folder: Path) -> Steps:
+    """The complete rows of `steps.npy`, `(rows,)`, mapped from the file.
+
+    Raises:
+        OSError: If it cannot be read.
+        HistoryFormatError: If it is damaged.
+    """
+    return cast("Steps", read_rows(folder / "steps.npy", STEP))
+
+
+def rows_before(folder: Path, start_step: int) -> int:
+    """How many rows of a history come before this step; none where there is no history yet.
+
+    Raises:
+        OSError: If a file cannot be read.
+        HistoryFormatError: If what is there is no history of this version.
+    """
+    path = folder / "steps.npy"
+    if not path.exists():
+        if (folder / "meta.json").exists():
+            read_meta(folder)
+        return 0
+    read_meta(folder)
+    steps = read_steps(folder)["step"]
+    later = np.flatnonzero(steps >= start_step)
+    return int(later[0]) if len(later) else len(steps)
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The `scopes.<number>.json` of a history, in the order in which they were written."""
+    numbered = ((path.name.split("."), path) for path in folder.glob("scopes.*.json"))
+    return [path for _, path in sorted((int(words[1]), path) for words, path in numbered if words[1].isdecimal())]
+
+
+def read_part(path: Path) -> tuple[int, tuple[str, ...]]:
+    """The first row and the names of a part, from its `scopes.<number>.json`.
+
+    Raises:
+        HistoryFormatError: If it is damaged.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return int(about["first_row"]), tuple(str(name) for name in about["names"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise HistoryFormatError(f"{path} is damaged: it does not name the scopes of a part") from error
+
+
+def _read_parts(folder: Path, total: int) -> Iterator[ScopePart]:
+    for path in part_paths(folder):
+        first_row, names = read_part(path)
+        matrix = path.with_suffix(".npy")
+        # A kill may have come between the two files.
+        if matrix.exists() and first_row < total:
+            yield ScopePart(
+                first_row, names, cast("Norms", read_rows(matrix, NORM, (len(names),))[: total - first_row])
+            )
+
+
+def _has_segments(meta: dict[str, Any]) -> bool:
+    segments = meta.get("segments")
+    wanted = {"from_step", "method", "action", "norm_type", "measure_per"}
+    return isinstance(segments, list) and bool(segments) and all(wanted <= set(one) for one in segments)

@@ -1,0 +1,99 @@
+"""The command line: `lightning-gradclip report` and `lightning-gradclip advise`.
+
+Nothing heavy is imported before a command needs it, and torch by neither.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning_gradclip.report import RunError
+
+_RUN = "a history folder, a metrics.csv, a TensorBoard event file, or a folder that holds some of these"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; what is wrong with its input is one line on stderr.
+
+    Args:
+        arguments: The words after the program's name; None: those of this process.
+
+    Returns:
+        The exit status: 0, or 2 if the command could not do what was asked.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status = _report(options) if options.command == "report" else _advise(options)
+        sys.stdout.flush()
+        return status
+    except RunError as error:
+        print(f"lightning-gradclip: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever reads, `head` for instance, has seen enough; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("lightning-gradclip", description="Look at what gradient clipping did, and find a limit.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    report = commands.add_parser("report", help="write an HTML page about one or several runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
+    report.add_argument("--out", default="gradclip.html", metavar="FILE", help="the page to write (%(default)s)")
+    advise = commands.add_parser("advise", help="propose limits from a recorded run")
+    advise.add_argument("run", metavar="RUN", help=_RUN)
+    advise.add_argument(
+        "--rate",
+        type=_share,
+        action="append",
+        metavar="SHARE",
+        help="share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)",
+    )
+    advise.add_argument("--from-step", type=int, metavar="STEP", help="leave out the steps before this one")
+    return parser
+
+
+def _share(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, such as 0.05, got {word!r}")
+    return value
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lightning_gradclip.report.find import find_runs
+    from lightning_gradclip.report.page import write_report
+
+    runs = find_runs(options.runs)
+    try:
+        size = write_report(runs, options.out)
+    except OSError as error:
+        raise RunError(f"cannot write {options.out}: {error.strerror or error}") from error
+    print(f"wrote {options.out} ({size / 1e6:.1f} MB): {', '.join(run.name for run in runs)}")
+    return 0
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from lightning_gradclip.report.advice import advice
+    from lightning_gradclip.report.find import find_runs
+
+    texts = [advice(run, options.rate or (0.01, 0.1), options.from_step) for run in find_runs([options.run])]
+    print("\n\n".join(texts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

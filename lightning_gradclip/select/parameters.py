@@ -1,0 +1,214 @@
+"""Which parameters a clipper serves, and what they are called."""
+
+import difflib
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradclip.select import layout
+from lightning_gradclip.select.layout import Layout
+from lightning_gradclip.select.scopes import Scopes, Units
+
+# Names that torch.compile, FSDP, activation checkpointing and Fabric insert into a module's parameter names.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of one optimizer that match the patterns, each once, in the optimizer's order.
+
+    Attributes:
+        params: The selected parameters.
+        names: Their names, wrapper prefixes stripped; "group0.3" for parameters outside the module.
+        groups: For each of them the name of its parameter group.
+        owned: All parameters of the optimizer, selected or not.
+        layouts: For each of them how it is laid out over the ranks.
+        by_group: What the optimizer's parameter groups held when it was asked.
+    """
+
+    params: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    owned: tuple[Tensor, ...]
+    layouts: tuple[Layout, ...]
+    by_group: tuple[tuple[Tensor, ...], ...]
+
+    def is_outdated(self, optimizer: Optimizer | None) -> bool:
+        """Whether the optimizer has other parameters by now."""
+        if optimizer is None:
+            return False
+        groups = optimizer.param_groups
+        if len(groups) != len(self.by_group):
+            return True
+        for group, then in zip(groups, self.by_group, strict=True):
+            now = group["params"]
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return True
+        return False
+
+    def gradients(self, *, settle: bool) -> list[Tensor | None]:
+        """What this rank holds of the gradient of each parameter, None where absent.
+
+        Gradients that are still to be added up over ranks are added up, and with `settle` they stay so.
+        """
+        if self._plain:
+            return [parameter.grad for parameter in self.params]
+        found: list[Tensor | None] = []
+        for parameter in self.params:
+            gradient = parameter.grad
+            if gradient is not None:
+                settled = layout.settled(gradient, parameter)
+                if settle and settled is not gradient:
+                    parameter.grad = settled
+                gradient = layout.local(settled)
+            found.append(gradient)
+        return found
+
+    @cached_property
+    def _plain(self) -> bool:
+        return not any(one.distributed for one in self.layouts)
+
+    def scopes(self, per: str) -> Scopes:
+        """The scopes of one kind; they do not depend on which gradients are present.
+
+        Raises:
+            ValueError: If FSDP has joined parameters that belong to different scopes.
+        """
+        if per in ("layer", "parameter"):
+            self._require_apart(per)
+        if per in ("model", "element"):
+            return Scopes(("model",), (0,) * len(self.params))
+        if per == "group":
+            return Scopes.of(self.groups)
+        if per == "layer":
+            return Scopes.of([name.rpartition(".")[0] or "root" for name in self.names])
+        return Scopes.of(self.names)
+
+    def units(self) -> Units:
+        """The output units of all parameters.
+
+        Raises:
+            ValueError: If FSDP has cut through them.
+        """
+        cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
+        if cut is not None:
+            raise ValueError(
+                f"FSDP has cut parameter {cut!r} without regard to its rows, so that no rank can measure its output "
+                "units; shard with FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning "
+                "ModelParallelStrategy), or use per='parameter'"
+            )
+        return Units.of(self.names, self.params)
+
+    def _require_apart(self, per: str) -> None:
+        joined = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.joined), None)
+        if joined is not None:
+            raise ValueError(
+                f"FSDP has joined several parameters into {joined!r}, so that there is nothing to tell each {per} by; "
+                "wrap with use_orig_params=True, or use per='model' or 'group'"
+            )
+
+
+class Names:
+    """The parameters of a module by identity: what they are called, and which patterns admit them."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        # The tensors are kept so that their identities stay theirs.
+        self._tensors: dict[int, Tensor] = {}
+        self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
+        if isinstance(named_parameters, nn.Module):
+            named_parameters = named_parameters.named_parameters()
+        raw: dict[int, str] = {}
+        for name, parameter in _pairs(named_parameters):
+            if id(parameter) not in raw:
+                raw[id(parameter)] = name
+                self._tensors[id(parameter)] = parameter
+        self._raw = raw
+        self._clean = dict(zip(raw, clean_names(list(raw.values())), strict=True))
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        for option, patterns in (("include", self._include), ("exclude", self._exclude)):
+            for pattern in patterns:
+                self._require_match(option, pattern)
+
+    def select(self, optimizer: Optimizer | None) -> Selection:
+        """The parameters of the optimizer, or without one of the module, that the patterns admit."""
+        groups: Sequence[Mapping[str, Any]]
+        groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
+        labels = _group_names(groups)
+        chosen: dict[int, tuple[Tensor, str, str]] = {}
+        owned: dict[int, Tensor] = {}
+        for position, (group, label) in enumerate(zip(groups, labels, strict=True)):
+            for i, parameter in enumerate(group["params"]):
+                owned[id(parameter)] = parameter
+                name = self._clean.get(id(parameter), f"group{position}.{i}")
+                if id(parameter) not in chosen and self._admits(name, self._raw.get(id(parameter), name)):
+                    chosen[id(parameter)] = (parameter, name, label)
+        if not chosen and owned and not any(self._admits(self._clean[key], name) for key, name in self._raw.items()):
+            raise ValueError(
+                f"include={list(self._include)!r} and exclude={list(self._exclude)!r} leave no parameter to clip; "
+                "include='*' and exclude=[] admit all"
+            )
+        params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
+        layouts = layout.layouts(names, params, self._module)
+        by_group = tuple(tuple(group["params"]) for group in groups)
+        return Selection(params, names, of_group, tuple(owned.values()), layouts, by_group)
+
+    def _admits(self, *names: str) -> bool:
+        return _matches(names, self._include) and not _matches(names, self._exclude)
+
+    def _require_match(self, option: str, pattern: str) -> None:
+        every = [*self._clean.values(), *self._raw.values()]
+        if pattern == "*" or _matches(every, (pattern,)):
+            return
+        known = list(dict.fromkeys(self._clean.values()))
+        closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+        listed = ", ".join(closest) or "there are no named parameters"
+        raise ValueError(
+            f"{option}={pattern!r} matches no parameter; the closest names are: {listed}. "
+            f"Patterns are shell patterns over whole names, such as {_suggestion(closest)!r}"
+        )
+
+
+def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    remedy = "write Clipper(model.named_parameters(), ...)"
+    if not isinstance(named_parameters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"named_parameters must be pairs of name and parameter, got {named_parameters!r}; {remedy}")
+    for pair in named_parameters:
+        if isinstance(pair, Tensor) or not isinstance(pair[0], str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"named_parameters must be pairs of name and parameter, got a {type(pair).__name__}; {remedy}"
+            )
+        yield pair
+
+
+def clean_names(names: Sequence[str]) -> list[str]:
+    """Names without the prefixes that wrappers insert; names that would collide keep theirs."""
+    cleaned = [_WRAPPERS.sub("", name) for name in names]
+    # DataParallel wrappers put "module." before every name; a submodule called "module" does not.
+    while cleaned and all(name.startswith("module.") for name in cleaned):
+        cleaned = [name.removeprefix("module.") for name in cleaned]
+    return cleaned if len(set(cleaned)) == len(set(names)) else list(names)
+
+
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _suggestion(closest: Sequence[str]) -> str:
+    return f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
+
+
+def _group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [str(group.get("name", f"group{i}")) for i, group in enumerate(groups)]
+    return names if len(set(names)) == len(names) else [f"group{i}" for i in range(len(groups))]
