@@ -14,8 +14,7 @@ import pytest
 from histories import COLUMNS, expected, names_at, norms_of, rows_of
 
 from lightning_gradclip import EmaClip, NormClip
-from lightning_gradclip.record.growing import HEADER_BYTES, HistoryFormatError
-from lightning_gradclip.record.history import STEP, History, HistoryError
+from lightning_gradclip.record.history import HEADER_BYTES, STEP, History, HistoryError, HistoryFormatError
 from lightning_gradclip.record.history_writer import HistoryWriter
 from lightning_gradclip.record.step import Row
 

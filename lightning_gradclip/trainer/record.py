@@ -14,8 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gradclip.clipper import Clipper
-from lightning_gradclip.record.growing import HistoryFormatError
-from lightning_gradclip.record.history import HistoryError, read_steps
+from lightning_gradclip.record.history import HistoryError, HistoryFormatError, read_steps
 from lightning_gradclip.record.history_writer import HistoryWriter
 from lightning_gradclip.record.pending import Packed, Pending
 from lightning_gradclip.record.step import Row, StepStats
