@@ -15,14 +15,13 @@ from lightning_gradclip.act.policy import REQUIRED, Policy, check_options
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.trainer import conflicts, progress, strategy
+from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer import deepspeed as delegated
 from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.deepspeed import Delegated
-from lightning_gradclip.trainer.history_place import history_opening
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
-from lightning_gradclip.trainer.record import Recorder
+from lightning_gradclip.trainer.record import Recorder, history_opening
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -161,7 +160,7 @@ class GradientClipping(KnownArguments, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
         self._batches += 1
-        self._recorder.begin_batch(progress.batches(trainer))
+        self._recorder.begin_batch(lightning.batches(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._had_backward = True
@@ -170,7 +169,7 @@ class GradientClipping(KnownArguments, Callback):
         self._saw_step = True
         if self._delegated is not None:
             return
-        index = progress.position(trainer, optimizer)
+        index = lightning.position(trainer, optimizer)
         if index is None:
             conflicts.refuse_stranger(optimizer, writes=self._policy.writes)
             return
@@ -185,9 +184,9 @@ class GradientClipping(KnownArguments, Callback):
             clipper = self._clipper(trainer, pl_module, optimizer, clipper)
             self._clippers.take_up(clipper, index)
             self._recorder.listen_to(clipper, index)
-        self._last_batch = progress.batches(trainer)
+        self._last_batch = lightning.batches(trainer)
         if clipper.has_details:
-            clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
+            clipper.detailed = lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(
                 trainer, with_next_step=True
             )
         clipper.step(scaler)
@@ -197,11 +196,11 @@ class GradientClipping(KnownArguments, Callback):
     ) -> None:
         if self._delegated is not None:
             self._delegated.record()
-        if progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer):
+        if lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(trainer):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
             if self._logs:
-                self._publisher.publish(trainer, self._clippers, progress.batches(trainer), norms)
+                self._publisher.publish(trainer, self._clippers, lightning.batches(trainer), norms)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
@@ -241,7 +240,7 @@ class GradientClipping(KnownArguments, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
     ) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
+        model = trainer.strategy.model if lightning.is_fsdp1(trainer.strategy) else pl_module
         clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
         if isinstance(before, Clipper):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.

@@ -32,7 +32,7 @@ def test_a_method_costs_three_files_a_line_and_a_row(tmp_path: Path) -> None:
     (tmp_path / "tests/methods/test_peak.py").write_text(test, encoding="utf-8")
     (tmp_path / "conf/callbacks/gradclip/peak.yaml").write_text(option, encoding="utf-8")
     insert_before(
-        tmp_path / "lightning_gradclip/__init__.py", "    from lightning_gradclip.stats", f"    {line.strip()}\n"
+        tmp_path / "lightning_gradclip/__init__.py", "    from lightning_gradclip.record", f"    {line.strip()}\n"
     )
     insert_before(tmp_path / "README.md", "| `None` | `monitor` |", row)
     tests = ["tests/test_contract.py", "tests/methods/test_peak.py", "-k", "Peak or peak or limit_is_half"]

@@ -41,8 +41,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gradclip import AGC, Clipper, GradientClipping, NormClip, ValueClip
-from lightning_gradclip.record.growing import HistoryFormatError
-from lightning_gradclip.record.history import History
+from lightning_gradclip.record.history import History, HistoryFormatError
 from lightning_gradclip.record.pending import Pending
 from lightning_gradclip.record.step import Row, StepStats
 from lightning_gradclip.report.cli import main

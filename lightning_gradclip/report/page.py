@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradclip.record.growing import replace_file
+from lightning_gradclip.record.history import replace_file
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.charts import payload
 from lightning_gradclip.report.curve import what_if

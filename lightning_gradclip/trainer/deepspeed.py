@@ -13,8 +13,7 @@ from lightning_gradclip.methods.norm import NormClip
 from lightning_gradclip.record.step import Row, StepStats
 from lightning_gradclip.record.window import Window
 from lightning_gradclip.select.scopes import Scopes
-from lightning_gradclip.trainer import strategy
-from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer
+from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer, is_any
 
 _KEY = "gradient_clipping"
 # What the engine does as these say, or has no part in.
@@ -30,7 +29,7 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
 
 def is_delegated(trainer: Trainer) -> bool:
     """Whether the trainer's strategy is DeepSpeed."""
-    return strategy.is_any(trainer.strategy, "DeepSpeedStrategy")
+    return is_any(trainer.strategy, "DeepSpeedStrategy")
 
 
 class Delegated:
