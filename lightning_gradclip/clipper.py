@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.scaling.grad_scaler import GradScaler
 
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.decide import Actor, Verdict

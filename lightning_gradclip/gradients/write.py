@@ -186,12 +186,7 @@ class _UnitBatches:
         factors = factors.view(-1, *[1] * (values.ndim - 1))
         if self._wide or (values.is_cpu and values.dtype is torch.bfloat16):
             _scale_converted_(values, factors)
-        elif (
-            units is not None
-            and len(units) <= FEW * (end - start)
-            and values.numel() >= MANY
-            and not gradient.is_sparse
-        ):
+        elif units is not None and _are_few(units, end - start, values) and not gradient.is_sparse:
             _scale_some_(values, units, factors)
         else:
             gradients, theirs = self._batches.setdefault(key, ([], []))

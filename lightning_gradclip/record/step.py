@@ -154,7 +154,9 @@ def row_of(
     on_device: Any = Row
     zero = torch.zeros_like(norm)
     fields = {"norm": norm, "norm_clipped": norm_clipped, "finite": torch.isfinite(norm), **given}
-    return _stacked(on_device(skipped=zero, overflow=zero, **{name: _like(value, norm) for name, value in fields.items()}))
+    return _stacked(
+        on_device(skipped=zero, overflow=zero, **{name: _like(value, norm) for name, value in fields.items()})
+    )
 
 
 def amended(row: Row | Tensor, **fields: Any) -> Any:

@@ -198,6 +198,15 @@ class Recorded:
         """Whether a step was recorded since the last `metrics()`."""
         return not self._window.is_empty
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether looking at its steps makes the host wait for a device other than the CPU."""
+        return self._window.is_on_device
+
+    def look(self) -> None:
+        """Tell all readers of the steps that they have not seen."""
+        self._window.look()
+
     def metrics(self) -> dict[str, float]:
         """The window since the last call, aggregated over all its steps, and cleared."""
         result = self._window.compute()

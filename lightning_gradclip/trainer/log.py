@@ -22,14 +22,11 @@ class Publisher:
         name: Prefix of the metrics.
         every: Steps between two log events; None: the trainer's setting.
         prog_bar: Whether norm and clip rate go to the progress bar.
-
-    Attributes:
         several: Whether the index of an optimizer follows the name.
     """
 
-    def __init__(self, name: str, *, every: int | None, prog_bar: bool) -> None:
-        self._name, self._every, self._prog_bar = name, every, prog_bar
-        self.several = False
+    def __init__(self, name: str, *, every: int | None, prog_bar: bool, several: bool) -> None:
+        self._name, self._every, self._prog_bar, self._several = name, every, prog_bar, several
 
     def preview(self, trainer: Trainer, clippers: Clippers) -> None:
         """Show the open windows to whoever monitors a metric, without ending them."""
@@ -71,7 +68,7 @@ class Publisher:
                 yield self._prefix(index) + key, value
 
     def _prefix(self, index: int) -> str:
-        return f"{self._name}/{index}/" if self.several else f"{self._name}/"
+        return f"{self._name}/{index}/" if self._several else f"{self._name}/"
 
     def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         tensors = {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in metrics.items()}

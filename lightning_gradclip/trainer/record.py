@@ -13,12 +13,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.record.history import HistoryError, HistoryFormatError, read_steps
 from lightning_gradclip.record.history_writer import HistoryWriter
-from lightning_gradclip.record.pending import Packed, Pending
-from lightning_gradclip.record.step import Row, StepStats
-from lightning_gradclip.trainer.deepspeed import Delegated
+from lightning_gradclip.record.step import Row
+from lightning_gradclip.record.window import Packed, Reader, Recorded
 from lightning_gradclip.trainer.lightning import Callback, MisconfigurationException, Trainer
 from lightning_gradclip.trainer.log import Norms
 
@@ -29,54 +27,57 @@ _NORM = Row._fields.index("norm")
 
 
 class Recorder:
-    """Collects the steps of all optimizers of a fit, if anybody wants them.
+    """Reads the steps of all optimizers of a fit, if anybody wants them.
 
     Args:
+        clippers: Whose steps, by optimizer.
         opening: Opens the history of an optimizer at its first step; None: no history is written.
         histograms: Whether to keep the norms since the last log event, 8 bytes a step.
-
-    Attributes:
-        step: The number that the next steps get, on Lightning's own axis.
     """
 
-    def __init__(self, opening: Opening | None, *, histograms: bool) -> None:
-        self._opening, self._histograms = opening, histograms
-        self._pending: dict[int, Pending] = {}
+    def __init__(self, clippers: Mapping[int, Recorded], opening: Opening | None, *, histograms: bool) -> None:
+        self._clippers, self._opening, self._histograms = clippers, opening, histograms
         self._writers: dict[int, HistoryWriter] = {}
         self._norms: defaultdict[int, list[Norms]] = defaultdict(list)
         self._first: int | None = None
-        self.step = 0
 
-    def begin_batch(self, step: int) -> None:
-        """Note the number of this batch; that of the first is where the history of this fit begins."""
-        self.step = step
+    def begin(self, step: int) -> None:
+        """Note the number of the first batch, which is where the history of this fit begins."""
         if self._first is None:
             self._first = step
 
-    def listen_to(self, clipper: Clipper | Delegated, index: int) -> None:
-        """Record what this clipper does, for the optimizer of this index."""
-        if self._opening is not None or self._histograms:
-            clipper.listener = partial(self._add, index)
+    def readers(self, index: int) -> tuple[Reader, ...]:
+        """Who is to be told of the steps of the optimizer of this index."""
+        wanted = self._opening is not None or self._histograms
+        return (partial(self._take, index),) if wanted else ()
 
-    def flush(self) -> None:
-        """Write what is pending, in one packed copy from the device for each optimizer.
+    def open(self, index: int) -> None:
+        """Open the history of this optimizer: at its first step, so that a folder that will not do is known at once.
 
         Raises:
             HistoryFormatError: If the folder holds something that this run must not go on with.
         """
-        for index, pending in self._pending.items():
-            if len(pending):
-                self._hand_on(index, pending.take())
+        if self._opening is None or index in self._writers:
+            return
+        try:
+            self._writers[index] = self._opening(index, self._first or 0)
+        except HistoryError as error:
+            self._give_up(error)
+
+    def flush(self) -> None:
+        """Write what nobody has looked at, in one packed copy from the device for each optimizer."""
+        for clipper in self._clippers.values():
+            clipper.look()
 
     def take_norms(self) -> dict[int, Norms]:
-        """Write what is pending; by optimizer the norms since the last call, `(n,)`, if histograms are wanted."""
+        """By optimizer the norms since the last call, `(n,)`, if histograms are wanted."""
         self.flush()
         found = {index: np.concatenate(norms) for index, norms in self._norms.items()}
         self._norms.clear()
         return found
 
     def state_dict(self) -> dict[int, Tensor]:
-        """Write what is pending; by optimizer the norms since the last log event, if histograms are wanted."""
+        """By optimizer the norms since the last log event, if histograms are wanted."""
         self.flush()
         return {index: torch.from_numpy(np.concatenate(norms)) for index, norms in self._norms.items()}
 
@@ -87,9 +88,9 @@ class Recorder:
 
     def close(self, *, device_answers: bool = True) -> None:
         """Write the rest, unless it lies on a device that does not answer any more, and close the files."""
-        if not device_answers:
-            self._pending = {index: pending for index, pending in self._pending.items() if not pending.on_device}
-        self.flush()
+        for clipper in self._clippers.values():
+            if device_answers or not clipper.is_on_device:
+                clipper.look()
         writers, self._writers = self._writers, {}
         for writer in writers.values():
             try:
@@ -97,33 +98,14 @@ class Recorder:
             except HistoryError as error:
                 self._give_up(error)
 
-    def _add(self, index: int, stats: StepStats) -> None:
-        if index not in self._pending:
-            self._open(index)
-            self._pending[index] = Pending()
-        pending = self._pending[index]
-        if not pending.takes(stats):
-            self._hand_on(index, pending.take())
-        pending.add(self.step, stats)
-
-    def _open(self, index: int) -> None:
-        # At the first step, so that a run without one leaves nothing, and a folder that will not do is known at once.
-        opening, first = self._opening, self.step if self._first is None else self._first
-        if opening is None:
-            return
-        try:
-            self._writers[index] = opening(index, first)
-        except HistoryError as error:
-            self._give_up(error)
-
-    def _hand_on(self, index: int, packed: Packed) -> None:
+    def _take(self, index: int, packed: Packed) -> None:
         if self._histograms:
             self._norms[index].append(packed.rows[:, _NORM].copy())
+        self.open(index)
         if index not in self._writers:
             return
         try:
-            steps, rows, scopes, norms = packed
-            self._writers[index].append(steps, rows, scopes, norms if scopes else None)
+            self._writers[index].append(*packed)
         except HistoryError as error:
             self._give_up(error)
 
