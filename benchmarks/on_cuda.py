@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from lightning_gradclip import Clipper, NormClip
-from lightning_gradclip.gradients import cuda as early_exit
+from lightning_gradclip.gradients import foreach
 
 # A decoder of 1.3 billion parameters: 24 blocks of width 2048.
 LARGE: sets.Shapes = [(50257, 2048), (2048, 2048), *sets.transformer(2048) * 24, (2048,), (2048,)]
@@ -134,7 +134,7 @@ def main() -> None:
             row, data[title] = compare(params, device, peak, rounds=15 if on_cuda else 2)
             rows.append([title, *row])
             del params
-    kernel = early_exit._kernel(torch.device("cuda", 0), torch.float32) if on_cuda else None
+    kernel = foreach._kernel(torch.device("cuda", 0), torch.float32) if on_cuda else None
     text = f"Ratios to torch. Triton kernel: {'used' if kernel else 'not used'}.\n\n"
     head = ["gradients", "unclipped", "clipped", "folded, with the optimizer's step", "GB/s, unclipped", "of the peak"]
     text += table(head, rows)

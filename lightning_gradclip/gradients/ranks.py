@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gradclip.gradients import norms as pnorm
+from lightning_gradclip.gradients.norms import Tensors, home, integers_on
 from lightning_gradclip.select.layout import Layout
 from lightning_gradclip.select.parameters import Selection
 
@@ -83,8 +83,8 @@ class Reducer:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, which some frameworks move after the optimizer was made."""
-        return self._params[0].device
+        """Where numbers about the parameters belong, which some frameworks move after the optimizer was made."""
+        return home(self._params)
 
     def reduce(
         self,
@@ -111,7 +111,7 @@ class Reducer:
         joined = torch.cat([one.to(device, torch.float64) for one in norms])
         share = (shares if owner is None else shares[owner]).repeat(len(norms))
         wide = [one.dtype == torch.float64 for one in norms]
-        flags = pnorm.integers_on((*map(int, present), *map(int, wide)), device).to(torch.float64)
+        flags = integers_on((*map(int, present), *map(int, wide)), device).to(torch.float64)
         others = torch.cat([flags, *(one.to(device, torch.float64).mul(shares).sum().view(1) for one in numbers)])
         if math.isinf(norm_type):
             # MAX loses NaN on some backends.
@@ -173,6 +173,21 @@ class Reducer:
         found = [torch.empty_like(carried) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(found, carried, group=self._group)
         return torch.stack(found).to(vector.device)
+
+
+def reduced(
+    reducer: Reducer | None,
+    gradients: Tensors,
+    norms: Sequence[Tensor],
+    norm_type: float,
+    numbers: Sequence[Tensor] = (),
+    owner: Tensor | None = None,
+) -> Reduced:
+    """What all ranks know: `Reducer.reduce` where ranks hold pieces, else what this one knows."""
+    if reducer is None:
+        return Reduced(tuple(norms), totals=tuple(one.sum() for one in numbers))
+    present = [gradient is not None for gradient in gradients]
+    return reducer.reduce(norms, present, norm_type, numbers, owner)
 
 
 def reducer_for(selection: Selection) -> Reducer | None:
