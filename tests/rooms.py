@@ -219,8 +219,9 @@ def changes_in_place(function: ast.AST, modules: set[str]) -> Iterator[tuple[int
         stored = [one for one in ast.walk(function) if isinstance(one, ast.Name) and one.id == node.id]
         stored = [one for one in stored if isinstance(one.ctx, ast.Store) and one not in augmented]
         values = [one.value for one in assigned if any(target in stored for target in one.targets)]
-        return 0 < len(stored) == len(values) and all(map(made_here, values))
+        return node.id not in given and 0 < len(stored) == len(values) and all(map(made_here, values))
 
+    given = {one.arg for one in ast.walk(function) if isinstance(one, ast.arg)}
     assigned = [one for one in ast.walk(function) if isinstance(one, ast.Assign)]
     augmented = [one.target for one in ast.walk(function) if isinstance(one, ast.AugAssign)]
     for node in ast.walk(function):

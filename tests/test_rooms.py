@@ -87,6 +87,11 @@ ADDED = {
     "a gradient is removed": ("act/fold.py", "def f(p):\n    del p.grad", "replaces p.grad; only gradients/write.py"),
     "a gradient is multiplied": ("gradients/read.py", "def f(g):\n    g.mul_(2)", "changes g in place, which it has"),
     "by an operator": ("limit/limiter.py", "def f(p):\n    g = p.grad\n    g *= 2", "changes g in place"),
+    "if not made": (
+        "limit/units.py",
+        "def f(g):\n    if g is None:\n        g = torch.zeros(1)\n    g.zero_()",
+        "changes g in place",
+    ),
     "many at once": ("limit/units.py", "def f(some):\n    torch._foreach_mul_(some, 2)", "changes torch in place"),
     "a view of it": ("limit/units.py", "def f(g):\n    one = g.view(-1)\n    one.zero_()", "changes one in place"),
     "a new room": ("loops/attach.py", "import torch", "loops/ is in no room; give it a row in the table of rooms"),
