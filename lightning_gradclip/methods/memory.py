@@ -226,7 +226,7 @@ class AllFloats:
         """The sizes of this rank, from 0, and the next in both rows together; of the last one twice the same."""
         long = self._long
         possible = range(max(0, rank - len(long)), min(rank, len(recent)))
-        # How many of the recent sizes come before the rank: the fewest after which none is below the long row's last.
+        # How many recent sizes come before the rank: the fewest of which the next is not below the last long one.
         found = bisect_left(possible, True, key=lambda taken: bool(long[rank - taken - 1] <= recent[taken]))
         taken = possible.start + found
         follow = sorted((*long[rank - taken : rank - taken + 2].tolist(), *recent[taken : taken + 2]))
@@ -270,8 +270,7 @@ class AllSizes(Memory):
     def _quantile(state: State, q: float) -> Tensor:
         long, recent, count = state["sorted"], state["recent"], state["count"]
         position = _position(q, count, recent.dtype)
-        # With M recent sizes, the one of rank k in both rows is recent or lies among the places k - M to k of the long
-        # row.
+        # With M recent sizes, the one of rank k in both is recent or at one of the places k - M to k of the long row.
         first = (position.floor() - recent.shape[1]).clamp_min(0)
         places = first.long()[:, None] + torch.arange(recent.shape[1] + 2, device=recent.device)
         ordered = torch.cat((_at(long, places), recent), dim=1).sort(dim=1).values
