@@ -188,8 +188,8 @@ class AllFloats:
 
     def __init__(self, state: State) -> None:
         # Infinities fill places where another scope had a size.
-        long, recent = (state[name][state[name].isfinite()] for name in ("sorted", "recent"))
-        self._long, self._recent = long.numpy(), sorted(recent.tolist())
+        long, recent = (state[name][state[name].isfinite()].tolist() for name in ("sorted", "recent"))
+        self._long, self._recent = np.fromiter(long, np.float64), sorted(recent)
 
     @property
     def count(self) -> int:
