@@ -14,7 +14,7 @@ from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
-from lightning_gradclip.gradients import ranks
+from lightning_gradclip.gradients import ranks, write
 from lightning_gradclip.limit.entries import EntryLimiter
 from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
 from lightning_gradclip.limit.units import UnitLimiter
@@ -146,7 +146,9 @@ class Clipper(Recorded):
                 scaler = None
             on_host = self._on_host if self._fold is None else self._decides_on_host(self._fold, scaler)
             scale = 1.0 if scaler is None else self._unscale(scaler)
-            gradients = self._selection.gradients(settle=self._writes)
+            if self._writes and self._selection.is_distributed:
+                write.settle_(self._selection.params)
+            gradients = self._selection.gradients()
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None and all(gradient is None for gradient in gradients):
                 return StepStats.of_nothing(self._limiter.scopes)

@@ -39,10 +39,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_gradclip.record.pending import Pending
 
 from lightning_gradclip import AGC, Clipper, GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History, HistoryFormatError
-from lightning_gradclip.record.pending import Pending
 from lightning_gradclip.record.step import Row, StepStats
 from lightning_gradclip.report.cli import main
 from lightning_gradclip.report.find import find_runs

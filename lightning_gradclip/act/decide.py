@@ -114,7 +114,7 @@ class Actor:
             return self._drop(outcome, row, lambda _: reason + self._culprits(), step, scaled=False)
         params = self._selection.params
         write.zero_nonfinite_(params)
-        outcome = self._limiter.judge(self._selection.gradients(settle=True), step, on_host=True, detailed=detailed)
+        outcome = self._limiter.judge(self._selection.gradients(), step, on_host=True, detailed=detailed)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             return self._drop(outcome, amended(row, finite=0.0), self._excess, step, scaled=False)
@@ -153,8 +153,5 @@ class Actor:
         return raise_it
 
     def _culprits(self) -> str:
-        bad = [
-            gradient is not None and not words.is_finite(gradient)
-            for gradient in self._selection.gradients(settle=False)
-        ]
+        bad = [gradient is not None and not words.is_finite(gradient) for gradient in self._selection.gradients()]
         return words.offenders(self._selection.names, self._limiter.anywhere(bad))

@@ -122,6 +122,15 @@ class Clamp(NamedTuple):
 Change: TypeAlias = ScaleAll | Scale | ScaleUnits | Clamp
 
 
+def settle_(params: Iterable[Tensor]) -> None:
+    """Add up, for good, gradients that are still to be added up over ranks, by a collective for each."""
+    for parameter in params:
+        if (gradient := parameter.grad) is not None:
+            settled = layout.settled(gradient, parameter)
+            if settled is not gradient:
+                parameter.grad = settled
+
+
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:
     """Replace NaN and infinite entries by zero; by a mask, since 0 * inf is NaN."""
     for parameter in params:

@@ -58,6 +58,7 @@ class Window:
         # What the readers were told of and the aggregates were not; norms of the latest scopes.
         self._rows_seen: list[Numbers] = []
         self._norms_seen: list[Numbers] = []
+        self._count_seen = 0
         self._aggregate = Aggregate()
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
@@ -81,7 +82,7 @@ class Window:
         self._rows.append(row)
         if norms is not None:
             self._norms.append(norms)
-        if len(self._rows) >= self._capacity:
+        if len(self._rows) + self._count_seen >= self._capacity:
             self._fold()
 
     def look(self) -> None:
@@ -92,6 +93,7 @@ class Window:
         packed = Packed(self._steps, rows, self._scopes, norms)
         self._steps, self._rows, self._norms = [], [], []
         self._rows_seen.append(packed.rows)
+        self._count_seen += len(packed.rows)
         if packed.scopes:
             self._norms_seen.append(packed.norms)
         for reader in self._readers:
@@ -144,6 +146,7 @@ class Window:
         self._rows_seen, self._norms_seen = (
             [matrix.double().numpy().copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
         )
+        self._count_seen = len(state["rows"])
         self._aggregate.reset()
         if state["aggregate"]:
             self._aggregate.load_state_dict(_copied(state["aggregate"]))
@@ -157,7 +160,7 @@ class Window:
         if not self._rows_seen:
             return
         rows = _joined(self._rows_seen, len(Row._fields))
-        self._rows_seen = []
+        self._rows_seen, self._count_seen = [], 0
         self._aggregate.update(rows)
         finite, overflow, skipped = (rows[:, Row._fields.index(name)] for name in ("finite", "overflow", "skipped"))
         calm = 1 - overflow
