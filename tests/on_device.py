@@ -285,7 +285,7 @@ class TestWaiting:
 
     @pytest.mark.parametrize(
         ("options", "copies"),
-        [({}, ["rows"]), ({"measure_per": "parameter"}, ["rows", "norms"]), ({"fold": True}, ["rows", "dropped"])],
+        [({}, ["rows"]), ({"measure_per": "parameter"}, ["rows and norms"]), ({"fold": True}, ["rows", "dropped"])],
     )
     def test_metrics_wait_as_often_however_many_the_steps(
         self, device: Device, options: dict[str, Any], copies: list[str]

@@ -268,12 +268,15 @@ class ScopeLimiter(Limiter):
     Most runs limit one joint norm. Its handful of numbers costs more as tensors than the gradients of a small model
     cost to measure, so that on CPU rules that are written for floats as well are given floats. Where the gradients are
     on a device, and for rules that want tensors, one scope is as several.
+
+    Attributes:
+        takes_floats: Whether the rule is given floats on CPU.
     """
 
     def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
         super().__init__(method, measure_per)
         self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
-        self._takes_floats = method.takes_floats and method.per == "model"
+        self.takes_floats = method.takes_floats and method.per == "model"
 
     def _serve(self, selection: Selection) -> Scopes:
         self._scopes = selection.scopes(self._method.per)
@@ -282,7 +285,7 @@ class ScopeLimiter(Limiter):
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
-        if self._takes_floats:
+        if self.takes_floats:
             outcome = self._judge_in_floats(gradients, step, scale)
             if outcome is not None:
                 return outcome
