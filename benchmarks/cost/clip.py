@@ -1,7 +1,7 @@
 """What clipping costs beside torch, timm, zclip and autoclip, and beside reading the gradients once.
 
-    python benchmarks/clip.py [--quick]            # writes benchmarks/results/clip.md and clip.json
-    pip install --no-deps -r tests/peers.txt       # timm, zclip and autoclip; what is missing is left out
+    python benchmarks/cost/clip.py [--quick]     # writes results/clip.md and clip.json
+    pip install --no-deps -r tests/peers.txt    # timm, zclip and autoclip; what is missing is left out
 
 A clipped step really clips: the limit falls a little at each call, so that nothing has to be restored or copied while
 the clock runs. Gradients are the same numbers for all, and contenders that write have their own copy.

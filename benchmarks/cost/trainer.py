@@ -1,6 +1,6 @@
 """What a step of a real Trainer costs above a bare one: its own clipping, ours with logging, and an empty callback.
 
-    python benchmarks/trainer.py [--quick]         # writes benchmarks/results/trainer.md and trainer.json
+    python benchmarks/cost/trainer.py [--quick]    # writes results/trainer.md and trainer.json
 
 Many short fits alternate, so that what slows the machine for a while slows all of them; the clock is the CPU time of
 the process, with one thread, for stretches of 50 batches. The least of many stretches is what the machine can do.

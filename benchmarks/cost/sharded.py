@@ -1,6 +1,6 @@
 """Clipping gradients that FSDP2 has cut, on two processes, beside torch's `clip_grad_norm_`.
 
-python benchmarks/sharded.py [--quick]         # writes benchmarks/results/sharded.md and .json
+python benchmarks/cost/sharded.py [--quick]    # writes results/sharded.md and sharded.json
 """
 
 import argparse

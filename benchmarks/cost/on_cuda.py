@@ -1,6 +1,6 @@
 """What clipping costs on a CUDA device, beside torch's `clip_grad_norm_(foreach=True)`.
 
-    python benchmarks/on_cuda.py [--device cpu]     # writes benchmarks/results/cuda.md and cuda.json
+    python benchmarks/cost/on_cuda.py [--device cpu]    # writes results/cuda.md and cuda.json
 
 Times are of CUDA events around ten steps, in turn, medians over rounds. The share of the peak is that of the bytes that
 an unclipped step must read, in the time of that step, of the device's memory bandwidth. `--device cpu` runs everything
