@@ -66,7 +66,7 @@ def main() -> None:
             [f"{n:,}", *(micros([one[k]]) for k in ("ours", "torch")), shown(one["ratio"])] for n, one in panel.items()
         ]
         text += "\n" + table([label, "`Clipper.step()`", "`clip_grad_norm_`", "ratio (quartiles)"], rows)
-    timing.write("growth", "Growth", text, panels, where)
+    timing.write("growth", "Growth", text, panels, where, quick=quick)
     if not quick:
         draw(panels)
 

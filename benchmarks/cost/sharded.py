@@ -64,7 +64,8 @@ def measure(rank: int, rounds: int, answers: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few rounds")
-    rounds = 25 if parser.parse_args().quick else 125
+    quick = parser.parse_args().quick
+    rounds = 25 if quick else 125
     where = timing.machine()
     answers = torch.multiprocessing.get_context("fork").SimpleQueue()
     context = start_processes(measure, (rounds, answers), nprocs=WORLD, join=False, start_method="fork")
@@ -78,7 +79,7 @@ def main() -> None:
         data[label] = {"ours": ours, "torch": theirs, "ratio": one}
     text = "FSDP2 on two processes with one thread each, exchanging by gloo; microseconds of wall time on rank 0.\n\n"
     text += table(["gradients", "`Clipper.step()`", "`clip_grad_norm_`", "ratio (quartiles)"], rows)
-    timing.write("sharded", "Sharded", text, data, where)
+    timing.write("sharded", "Sharded", text, data, where, quick=quick)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def history(rounds: int) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few rounds; under a minute")
-    rounds = 3 if parser.parse_args().quick else 12
+    quick = parser.parse_args().quick
+    rounds = 3 if quick else 12
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -152,8 +153,8 @@ def main() -> None:
         "Microseconds of CPU time per step, one thread. The callback keeps all statistics and logs every 50 steps.\n\n"
     )
     head = ["tensors", "trainer", "step, median", "above bare, median", "above bare, least to least"]
-    more, data["history"] = history(11 if rounds == 3 else 41)
-    timing.write("trainer", "In a Trainer", text + table(head, rows) + more, data, where)
+    more, data["history"] = history(11 if quick else 41)
+    timing.write("trainer", "In a Trainer", text + table(head, rows) + more, data, where, quick=quick)
 
 
 if __name__ == "__main__":
