@@ -20,12 +20,12 @@ sweep: $(VENV)/.ready  ## train with each method and three seeds, and print the 
 	$(BIN)/python examples/results.py --pool seed
 
 bench: $(VENV)/.ready-bench  ## measure what clipping costs on this machine (about ten minutes)
-	$(BIN)/python benchmarks/clip.py
-	$(BIN)/python benchmarks/trainer.py
-	$(BIN)/python benchmarks/sharded.py
-	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/cost/clip.py
+	$(BIN)/python benchmarks/cost/trainer.py
+	$(BIN)/python benchmarks/cost/sharded.py
+	$(BIN)/python benchmarks/cost/growth.py
+	$(BIN)/python benchmarks/cost/memory.py
+	$(BIN)/python benchmarks/cost/report.py
 
 study: $(VENV)/.ready-bench  ## train a part of the study of clipping, and make its page in outputs/study (minutes)
 	@echo "==> Training 80 times, two at once; runs that ended before are kept"

@@ -157,8 +157,9 @@ def overhead_table(rows: Iterable[Row], tasks: Mapping[str, Task], names: Iterab
     return (
         "CPU time of a whole step, as a multiple of that of the run with the same learning rate and seed in which "
         "nothing clips: median and quartiles. These runs shared a machine with others, which moves single times by "
-        f"tens of per cent; [measured side by side]({benchmarks}/results/README.md) the callback takes about a tenth "
-        "of a millisecond. CartPole is left out: its steps last as long as its games.\n\n" + table(["", *timed], body)
+        f"tens of per cent; [measured side by side]({benchmarks}/cost/results/README.md) the callback takes about a "
+        "tenth of a millisecond. CartPole is left out: its steps last as long as its games.\n\n"
+        + table(["", *timed], body)
     )
 
 

@@ -87,8 +87,10 @@ class Actor:
             return self._drop(outcome, row, self._excess, step, scaled=scaler is not None)
         if row.changed:
             self._write(outcome, None, scaled=scaler is not None)
-        self._skips.reset()
-        self._limiter.learn(outcome, whole=whole)
+        if self._skips.in_a_row or self._skips.noted is not None:
+            self._skips.reset()
+        if self._limiter.adaptive:
+            self._limiter.learn(outcome, whole=whole)
         return Verdict(outcome, row)
 
     def _act_on_device(self, outcome: Outcome, row: Tensor, *, scaled: bool) -> Verdict:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import norms
-from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.read import Batch, OutdatedError, batches_of_one_shape
+from lightning_gradclip.gradients.norms import CPU, Tensors
+from lightning_gradclip.gradients.rows import Batch, OutdatedError, batches_of_one_shape, row_norms
 from lightning_gradclip.gradients.tuning import SMALL, UNIT
 from lightning_gradclip.select.scopes import Units
 
@@ -28,6 +28,7 @@ class UnitMeter:
     def __init__(self, units: Units, norm_type: float) -> None:
         self._units = units
         self._norm_type = norm_type
+        self._smallest = norms.smallest(norm_type)
         self._batches: list[Batch] = []
         self._plain: list[tuple[int, torch.Size, torch.dtype]] = []
         self._others: list[int] = []
@@ -56,7 +57,7 @@ class UnitMeter:
         except OutdatedError:
             self._arrange(tensors)
             found = self._read(tensors, device)
-        return self._measured_again(found, tensors) if device.type == "cpu" else found
+        return self._measured_again(found, tensors) if device == CPU else found
 
     def exact(self, tensors: Tensors) -> Tensor:
         """`each` in float64, scaled by the largest entry: slow, and right for any finite entries."""
@@ -83,7 +84,7 @@ class UnitMeter:
                 self._plain.append((place, tensor.shape, tensor.dtype))
             else:
                 self._others.append(place)
-        self._batches = list(batches_of_one_shape(tensors, small))
+        self._batches = batches_of_one_shape(tensors, small)
         measured = [place for batch in self._batches for place in batch.places]
         measured += [place for place, *_ in self._plain] + self._others
         starts = self._units.starts
@@ -103,9 +104,8 @@ class UnitMeter:
     def _read(self, tensors: Tensors, device: torch.device) -> Tensor:
         pieces: list[Tensor] = []
         for batch in self._batches:
-            together = batch.gathered(tensors)
-            rows = len(batch.places) * self._units.rows[batch.places[0]]
-            pieces.append(self._of_rows(together.view(rows, -1)))
+            count = len(batch.places) * self._units.rows[batch.places[0]]
+            pieces.append(row_norms(batch.gathered(tensors).view(count, -1), self._norm_type, UNIT, widen=False))
         for place, shape, dtype in self._plain:
             tensor = tensors[place]
             same = tensor is not None and tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu
@@ -114,7 +114,7 @@ class UnitMeter:
             pieces.append(norms.vector_norm(tensor if len(shape) == 2 else tensor.flatten(1), self._norm_type, dim=1))
         pieces += [self._norms_of(place, tensors[place], device) for place in self._others]
         # Promotes to the widest among them.
-        found = torch.cat(pieces if device.type == "cpu" else [one.to(device) for one in pieces])
+        found = torch.cat(pieces if device == CPU else [one.to(device) for one in pieces])
         return found if self._order is None else found.index_select(0, self._order.to(device))
 
     def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
@@ -125,23 +125,17 @@ class UnitMeter:
             return torch.zeros(rows, dtype=torch.float32, device=device)
         if tensor.is_sparse:
             return _sparse_norms(tensor, rows, self._norm_type).to(device)
-        return self._of_rows(_as_rows(tensor)).to(device)
-
-    def _of_rows(self, matrix: Tensor) -> Tensor:
-        """The norm of each row in the dtype that its entries are added up in."""
-        found = norms.row_norms(matrix, self._norm_type, UNIT)
-        kept = norms.accumulator(matrix.dtype, self._norm_type) or matrix.dtype
-        return found.to(kept.to_real())
+        return row_norms(_as_rows(tensor), self._norm_type, UNIT, widen=False).to(device)
 
     def _measured_again(self, found: Tensor, tensors: Tensors) -> Tensor:
         """The same with units whose norm left the range of the fast sum measured exactly."""
         if len(found) == 0:
             return found
-        low, high = (extreme.item() for extreme in torch.aminmax(found))
-        if not norms.is_suspect(low, self._norm_type) and not norms.is_suspect(high, self._norm_type):
+        low, high = torch.aminmax(found)
+        if self._smallest <= low.item() and high.item() < math.inf:
             return found
         # NaN is what it is, and must not make the others float64.
-        suspect = (found < norms.smallest(self._norm_type)) | (found == math.inf)
+        suspect = (found < self._smallest) | (found == math.inf)
         index = self._units.index_on(found.device)
         for place in index[suspect].unique().tolist():
             tensor = tensors[place]

@@ -260,7 +260,7 @@ def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
             # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
             parameter.grad = gradient = gradient.coalesce()
         return gradient.values()
-    values = held = layout.local(gradient)
+    values = held = gradient if type(gradient) is Tensor else layout.local(gradient)
     if values.is_conj() or values.is_neg():
         # Not yet computed, so that nothing can be written.
         values = values.resolve_conj().resolve_neg()

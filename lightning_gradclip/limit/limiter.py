@@ -72,6 +72,7 @@ class Limiter(ABC):
         scopes: Where the method measures.
         measured: The scopes that `measure_per` asked for.
         has_details: Whether there is anything that costs passes of its own.
+        adaptive: Whether there is anything to learn.
     """
 
     has_details: bool = False
@@ -81,6 +82,7 @@ class Limiter(ABC):
     def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
         self._method, self._measure_per = method, measure_per
         self._learned = Learned(method)
+        self.adaptive = self._learned.adaptive
 
     @final
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
@@ -121,7 +123,7 @@ class Limiter(ABC):
     @final
     def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
         """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
-        if self._learned.adaptive and whole is not False:
+        if self.adaptive and whole is not False:
             self._learned.learn(outcome.sizes, outcome.limits, whole)
 
     @final

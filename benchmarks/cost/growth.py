@@ -1,7 +1,7 @@
 """How the cost of a step grows with the number of tensors and of elements, ours and torch's.
 
 pip install -e '.[bench]'
-python benchmarks/growth.py [--quick]          # writes benchmarks/results/growth.md and .json, docs/growth.png
+python benchmarks/cost/growth.py [--quick]    # writes results/growth.md, growth.json and docs/growth.png
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lightning_gradclip import Clipper, NormClip
 
-PICTURE = Path(__file__).parent.parent / "docs" / "growth.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "growth.png"
 COUNTS = [3, 10, 30, 100, 300, 1000, 3000, 10_000, 20_000]
 ELEMENTS = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8]
 
@@ -60,13 +60,13 @@ def main() -> None:
         "tensors of 100 elements": {count: measured([(100,)] * count, rounds) for count in COUNTS},
         "elements in 10 tensors": {size: measured([(size // 10,)] * 10, rounds) for size in elements},
     }
-    text = "An unclipped step, microseconds of CPU time, one thread.\n\n![Growth](../../docs/growth.png)\n"
+    text = "An unclipped step, microseconds of CPU time, one thread.\n\n![Growth](../../../docs/growth.png)\n"
     for label, panel in panels.items():
         rows = [
             [f"{n:,}", *(micros([one[k]]) for k in ("ours", "torch")), shown(one["ratio"])] for n, one in panel.items()
         ]
         text += "\n" + table([label, "`Clipper.step()`", "`clip_grad_norm_`", "ratio (quartiles)"], rows)
-    timing.write("growth", "Growth", text, panels, where)
+    timing.write("growth", "Growth", text, panels, where, quick=quick)
     if not quick:
         draw(panels)
 

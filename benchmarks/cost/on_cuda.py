@@ -1,6 +1,6 @@
 """What clipping costs on a CUDA device, beside torch's `clip_grad_norm_(foreach=True)`.
 
-    python benchmarks/on_cuda.py [--device cpu]     # writes benchmarks/results/cuda.md and cuda.json
+    python benchmarks/cost/on_cuda.py [--device cpu]    # writes results/cuda.md and cuda.json
 
 Times are of CUDA events around ten steps, in turn, medians over rounds. The share of the peak is that of the bytes that
 an unclipped step must read, in the time of that step, of the device's memory bandwidth. `--device cpu` runs everything
@@ -10,6 +10,7 @@ once with small sets, to see that it works; its figures mean nothing.
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from lightning_gradclip import Clipper, NormClip
-from lightning_gradclip.gradients import foreach
 
 # A decoder of 1.3 billion parameters: 24 blocks of width 2048.
 LARGE: sets.Shapes = [(50257, 2048), (2048, 2048), *sets.transformer(2048) * 24, (2048,), (2048,)]
@@ -126,16 +126,23 @@ def main() -> None:
     on_cuda = device.type == "cuda"
     where = timing.machine() | {"device": torch.cuda.get_device_name() if on_cuda else "cpu, to try the script"}
     peak, rows, data = peak_of(device), [], {}
-    for name, shapes in (SETS if on_cuda else SMALL).items():
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            params = gradients(shapes, dtype, device)
-            title = f"{name}, {str(dtype).removeprefix('torch.')}"
-            row, data[title] = compare(params, device, peak, rounds=15 if on_cuda else 2)
-            rows.append([title, *row])
-            del params
-    kernel = foreach._kernel(torch.device("cuda", 0), torch.float32) if on_cuda else None
-    text = f"Ratios to torch. Triton kernel: {'used' if kernel else 'not used'}.\n\n"
+    with warnings.catch_warnings(record=True) as warned:
+        for name, shapes in (SETS if on_cuda else SMALL).items():
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.manual_seed(0)
+                params = gradients(shapes, dtype, device)
+                title = f"{name}, {str(dtype).removeprefix('torch.')}"
+                row, data[title] = compare(params, device, peak, rounds=15 if on_cuda else 2)
+                rows.append([title, *row])
+                del params
+    # Where the kernel cannot be used a warning says why.
+    text = "\n\n".join(
+        [
+            f"Ratios to torch; triton {timing.version('triton') or 'is not installed'}.",
+            *(str(one.message) for one in warned),
+        ]
+    )
+    text += "\n\n"
     head = ["gradients", "unclipped", "clipped", "folded, with the optimizer's step", "GB/s, unclipped", "of the peak"]
     text += table(head, rows)
     if on_cuda:

@@ -1,6 +1,6 @@
 """Peak memory beyond the gradients of one step of each method.
 
-    python benchmarks/memory.py                    # writes benchmarks/results/memory.md and memory.json
+    python benchmarks/cost/memory.py    # writes results/memory.md and memory.json
 
 A dispatch mode sees every storage that an operation makes, and when it is freed. What an operation holds only while it
 runs stays unseen.

@@ -1,6 +1,6 @@
 """A million steps of each adaptive method on a tiny model: memory and time per step must not grow.
 
-python benchmarks/soak.py [STEPS]
+python benchmarks/streams/soak.py [STEPS]
 """
 
 import resource

@@ -1,6 +1,6 @@
 """What a step of a real Trainer costs above a bare one: its own clipping, ours with logging, and an empty callback.
 
-    python benchmarks/trainer.py [--quick]         # writes benchmarks/results/trainer.md and trainer.json
+    python benchmarks/cost/trainer.py [--quick]    # writes results/trainer.md and trainer.json
 
 Many short fits alternate, so that what slows the machine for a while slows all of them; the clock is the CPU time of
 the process, with one thread, for stretches of 50 batches. The least of many stretches is what the machine can do.
@@ -21,12 +21,11 @@ import lightning.pytorch as pl
 import timing
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from timing import table
+from timing import Times, table
 
 from lightning_gradclip import Clipper, GradientClipping, NormClip
-from lightning_gradclip.record.history_writer import HistoryWriter
-from lightning_gradclip.record.step import Row
-from lightning_gradclip.trainer.record import Recorder
+from lightning_gradclip.history_writer import HistoryWriter
+from lightning_gradclip.stats import Row
 
 # As many as lie between two log events, so that each stretch has one.
 STRETCH, STRETCHES = 50, 8
@@ -52,20 +51,26 @@ class Model(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """CPU time of each stretch of batches; in every fit alike, so that it adds the same to each."""
+    """CPU and wall time of each stretch of batches; in every fit alike, so that it adds the same to each."""
 
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        self.seen = Times()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % STRETCH == 0:
-            self.seen.append(time.process_time())
+            self.seen.add(time.process_time(), time.perf_counter())
 
 
-def fit(layers: int, folder: str, callbacks: Any = (), **options: Any) -> list[float]:
-    """Microseconds of CPU time per step, for each stretch but the first."""
+def quieten() -> None:
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def fit(layers: int, folder: str, callbacks: Any = (), **options: Any) -> Times:
+    """Microseconds per step, for each stretch but the first."""
     torch.manual_seed(0)
     clock = Clock()
     trainer = pl.Trainer(
@@ -81,7 +86,11 @@ def fit(layers: int, folder: str, callbacks: Any = (), **options: Any) -> list[f
     )
     batches = torch.utils.data.DataLoader(torch.randn(STRETCH * (STRETCHES + 1) + 1, 4, 8), batch_size=None)
     trainer.fit(Model(layers), batches)
-    return [(end - start) / STRETCH * 1e6 for start, end in itertools.pairwise(clock.seen[1:])]
+    return Times(per_step(clock.seen.cpu[1:]), per_step(clock.seen.wall[1:]))
+
+
+def per_step(seen: list[float]) -> list[float]:
+    return [(end - start) / STRETCH * 1e6 for start, end in itertools.pairwise(seen)]
 
 
 def steps(layers: int, every: int, per: str | None, folder: str | None) -> Callable[[], None]:
@@ -90,6 +99,8 @@ def steps(layers: int, every: int, per: str | None, folder: str | None) -> Calla
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     clipper = Clipper(model.named_parameters(), NormClip(max_norm=1e9), measure_per=per)
+    from lightning_gradclip.trainer.record import Recorder  # not public: here alone, so that the rest runs without it
+
     opening = None if folder is None else partial(opened, folder, per)
     recorder, count = Recorder(opening, histograms=False), itertools.count()
     recorder.listen_to(clipper, 0)
@@ -129,10 +140,9 @@ def history(rounds: int) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few rounds; under a minute")
-    rounds = 3 if parser.parse_args().quick else 12
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quick = parser.parse_args().quick
+    rounds = 3 if quick else 12
+    quieten()
     torch.set_num_threads(1)
     where, rows, data = timing.machine(), [], {}
     for layers in (2, 21):
@@ -140,7 +150,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(rounds):
                 for name, options in CASES.items():
-                    times[name].extend(fit(layers, folder, **options()))
+                    times[name].extend(fit(layers, folder, **options()).cpu)
         bare = times["bare"]
         for name, own in times.items():
             above = statistics.median(own) - statistics.median(bare)
@@ -152,8 +162,8 @@ def main() -> None:
         "Microseconds of CPU time per step, one thread. The callback keeps all statistics and logs every 50 steps.\n\n"
     )
     head = ["tensors", "trainer", "step, median", "above bare, median", "above bare, least to least"]
-    more, data["history"] = history(11 if rounds == 3 else 41)
-    timing.write("trainer", "In a Trainer", text + table(head, rows) + more, data, where)
+    more, data["history"] = history(11 if quick else 41)
+    timing.write("trainer", "In a Trainer", text + table(head, rows) + more, data, where, quick=quick)
 
 
 if __name__ == "__main__":

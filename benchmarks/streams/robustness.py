@@ -1,7 +1,7 @@
 """Adaptive clipping on five streams of norms that real training produces, ours beside the published implementations.
 
-    python benchmarks/robustness.py                # prints a Markdown table
-    pip install --no-deps -r tests/peers.txt       # the published implementations
+    python benchmarks/streams/robustness.py     # prints a Markdown table
+    pip install --no-deps -r tests/peers.txt    # the published implementations
 
 Two tensors get gradients of known norm for 5,000 steps, with 5 % noise and one spike of 20 times the norm in 100
 steps, and one thing happens. A cell gives, of the steps after that, the share of the spikes that were at least halved

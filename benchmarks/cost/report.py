@@ -1,7 +1,7 @@
-"""Join the tables of `benchmarks/results` into its README.md and draw what the project's README shows.
+"""Join the tables of `results` into its README.md and draw what the project's README shows.
 
 pip install -e '.[bench]'
-python benchmarks/report.py                    # after all the others
+python benchmarks/cost/report.py    # after all the others
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import timing
 from matplotlib import pyplot
 
-PICTURE = Path(__file__).parent.parent / "docs" / "costs.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "costs.png"
 PARTS = ("clip", "trainer", "sharded", "growth", "memory")
 GRAY, LIGHT, BLUE, SKY = "tab:gray", "lightgray", "tab:blue", "lightskyblue"
 

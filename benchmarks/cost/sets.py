@@ -45,10 +45,11 @@ SETS: dict[str, tuple[Shapes, torch.dtype]] = {
 
 
 def parameters(shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float32, size: float = 1e-3) -> list:
-    """Parameters whose weights are never read, with normally distributed gradients of this size."""
+    """Parameters whose weights are never read, with normally distributed gradients of this size, always the same."""
     made = [Parameter(torch.empty(tuple(shape), dtype=dtype)) for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
     for one in made:
-        one.grad = torch.randn(one.shape).mul_(size).to(dtype)
+        one.grad = torch.randn(one.shape, generator=generator).mul_(size).to(dtype)
     return made
 
 

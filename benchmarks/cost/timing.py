@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,30 @@ Case = Callable[[], Any]
 class Times:
     """Microseconds per call of one case, one entry per round."""
 
-    cpu: list[float]
-    wall: list[float]
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def add(self, cpu: float, wall: float) -> None:
+        self.cpu.append(cpu)
+        self.wall.append(wall)
+
+
+def timed(case: Case, calls: int) -> tuple[float, float]:
+    """Microseconds per call: CPU time of the process, and wall time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        case()
+    return (time.process_time() - cpu) / calls * 1e6, (time.perf_counter() - wall) / calls * 1e6
 
 
 def interleave(cases: Mapping[str, Case], *, rounds: int, seconds: float = 0.01, threads: int = 1) -> dict[str, Times]:
     """Time the cases in turn, each for at least `seconds` of a round."""
     torch.set_num_threads(threads)
-    calls = {name: _calls(case, seconds) for name, case in cases.items()}
-    times = {name: Times([], []) for name in cases}
+    calls = {name: calls_within(case, seconds) for name, case in cases.items()}
+    times = {name: Times() for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(calls[name]):
-                case()
-            times[name].cpu.append((time.process_time() - cpu) / calls[name] * 1e6)
-            times[name].wall.append((time.perf_counter() - wall) / calls[name] * 1e6)
+            times[name].add(*timed(case, calls[name]))
     torch.set_num_threads(1)
     return times
 
@@ -58,7 +66,8 @@ def best_wall(cases: Mapping[str, Case], rounds: int) -> dict[str, float]:
     return {name: min(one.wall) for name, one in times.items()}
 
 
-def _calls(case: Case, seconds: float) -> int:
+def calls_within(case: Case, seconds: float) -> int:
+    """How many calls take so much CPU time; the first ones, which plan and allocate, do not count."""
     case()
     case()
     start = time.process_time()
@@ -112,8 +121,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, title: str, text: str, data: Mapping[str, Any], where: Mapping[str, Any]) -> None:
-    """Write `results/<name>.md` and `.json`, and print the former."""
+def write(
+    name: str, title: str, text: str, data: Mapping[str, Any], where: Mapping[str, Any], *, quick: bool = False
+) -> None:
+    """Write `results/<name>.md` and `.json`, and print the former; quick ones lie beside those that count."""
+    name = f"{name}-quick" if quick else name
     RESULTS.mkdir(exist_ok=True)
     place = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
     whole = f"## {title}\n\n{place}\n\n{text}"

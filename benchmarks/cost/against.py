@@ -1,0 +1,204 @@
+"""What a step costs in two checkouts of this package, side by side in one run.
+
+    python benchmarks/cost/against.py OLD                          # another checkout beside this one; prints a table
+    python benchmarks/cost/against.py OLD NEW --only 'AGC|ViT' --rounds 100 --threads 2
+    python benchmarks/cost/against.py . .                          # what the same code differs from itself
+
+Two processes, one for each checkout, time the same cases in turn, many short rounds: all that is clipped in clip.py,
+fits of a Trainer and FSDP2. The cases are those that lie beside this file, and use public names only. A ratio is taken
+within each round, so that what slows the machine for a while slows both; each time another one begins. Processes differ
+too, by where their memory lies: the rounds are divided among several pairs of them.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+import cases
+import sharded
+import torch
+import trainer
+from timing import Case, Times, calls_within, micros, ratio, shown, table, timed
+
+import lightning_gradclip
+from lightning_gradclip import GradientClipping, NormClip
+
+PAIRS = 4
+# Of fits and of processes that start, which take a second, one round in so many.
+SELDOM = 2
+# Given a number of calls, microseconds per call: CPU time and wall time.
+Sample = Callable[[int], tuple[float, float]]
+
+
+def rows() -> dict[str, Callable[[], tuple[Sample, int]]]:
+    """By name what makes a sample, and says how many calls it should have."""
+    made = {name: partial(stepping, make) for name, make in cases.ours().items()}
+    for layers in (2, 21):
+        made[f"Trainer, {2 * layers} tensors"] = partial(fitting, layers)
+        made[f"Trainer, {2 * layers} tensors, history=True"] = partial(fitting, layers, history=True)
+    return made | {f"FSDP2, {label}": partial(exchanging, label) for label in sharded.ROWS}
+
+
+def is_seldom(row: str) -> bool:
+    return row.startswith(("Trainer", "FSDP2"))
+
+
+def stepping(make: Callable[[], Case]) -> tuple[Sample, int]:
+    case = make()
+    return partial(timed, case), calls_within(case, seconds=0.01)
+
+
+def fitting(layers: int, **options: Any) -> tuple[Sample, int]:
+    """A step in a Trainer: the median of the stretches of a fit."""
+
+    def sample(calls: int) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            callback = GradientClipping(NormClip(), **options)
+            return medians(trainer.fit(layers, folder, [callback]))
+
+    return sample, 1
+
+
+def exchanging(label: str) -> tuple[Sample, int]:
+    """A step of two processes that start for it."""
+    return lambda calls: medians(sharded.on_two_processes(25, [label])[label]["ours"]), 1
+
+
+def medians(times: Times) -> tuple[float, float]:
+    return statistics.median(times.cpu), statistics.median(times.wall)
+
+
+class Worker:
+    """A process that times what it is asked to in one checkout."""
+
+    def __init__(self, checkout: Path, threads: int) -> None:
+        command = [sys.executable, __file__, str(checkout), "--threads", str(threads), "--serve"]
+        env = {**os.environ, "PYTHONPATH": str(checkout)}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+        self._checkout = checkout
+
+    def ask(self, question: object) -> None:
+        self._process.stdin.write(f"{json.dumps(question)}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """None where it failed, which its own standard error tells about."""
+        return json.loads(self._process.stdout.readline() or "null")
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(checkout: Path, threads: int) -> None:
+    """Answer each row with a number of calls, then each number of calls with the time of one, until told to stop."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    found = Path(lightning_gradclip.__file__)
+    if not found.is_relative_to(checkout):
+        sys.exit(f"{checkout} holds no lightning_gradclip; {found} was imported")
+    for line in sys.stdin:
+        # A child for each row: what it leaves in memory, or a fault, is gone with it.
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                print("null", file=answers, flush=True)
+            continue
+        time_row(json.loads(line), threads, answers)
+        answers.flush()
+        os._exit(0)
+
+
+def time_row(row: str, threads: int, answers: TextIO) -> None:
+    trainer.quieten()
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    sample, calls = rows()[row]()
+    print(calls, file=answers, flush=True)
+    while asked := json.loads(sys.stdin.readline()):
+        print(json.dumps(sample(asked)), file=answers, flush=True)
+
+
+def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Times] | None:
+    """The times of the old and the new, round by round; None where one of them has no such row."""
+    times = [Times(), Times()]
+    for workers in pairs:
+        for worker in workers:
+            worker.ask(row)
+        calls = {worker: found for worker in workers if (found := worker.answer())}
+        if len(calls) == len(workers):
+            alternate(workers, times, max(calls.values()), rounds // len(pairs))
+        for worker in calls:
+            worker.ask(None)
+        if len(calls) < len(workers):
+            return None
+    return times
+
+
+def alternate(workers: Sequence[Worker], times: Sequence[Times], calls: int, rounds: int) -> None:
+    turns = list(zip(workers, times, strict=True))
+    for _ in range(max(1, rounds)):
+        for worker, one in turns:
+            worker.ask(calls)
+            one.add(*worker.answer())
+        turns.reverse()
+
+
+def told(new: Sequence[float], old: Sequence[float]) -> str:
+    """The ratio, with a word where 1 lies outside the quartiles."""
+    found = ratio(new, old)
+    _, low, high = found
+    word = " **slower**" if low > 1 else " **faster**" if high < 1 else ""
+    return f"{shown(found)}{word}"
+
+
+def cells(old: Times, new: Times) -> list[str]:
+    return [micros(old.cpu), micros(new.cpu), told(new.cpu, old.cpu), told(new.wall, old.wall)]
+
+
+def commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no commit"
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parents[2]
+    parser = argparse.ArgumentParser(description="What a step costs in two checkouts of this package.")
+    parser.add_argument("old", type=Path, help="the root of a checkout")
+    parser.add_argument("new", type=Path, nargs="?", default=here, help="the root of another; default: this one")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression for the names of rows")
+    parser.add_argument("--rounds", type=int, default=40, help="how often each row is timed in both; default: 40")
+    parser.add_argument("--threads", type=int, default=1, help="of torch in each process; default: 1")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    checkouts = [given.old.resolve(), given.new.resolve()]
+    if given.serve:
+        return serve(checkouts[0], given.threads)
+    names = [name for name in rows() if re.search(given.only, name)]
+    if not names:
+        parser.error(f"no row matches {given.only!r}; there are: {'; '.join(rows())}")
+    for name, checkout in zip(("old", "new"), checkouts, strict=True):
+        print(f"{name}: {checkout} at {commit(checkout)}")
+    print(f"threads {given.threads}, rounds {given.rounds}, load {os.getloadavg()[0]:.1f}; quartiles in brackets\n")
+    print(table(["row", "old, us", "new, us", "CPU time, new / old", "wall time, new / old"], []), end="", flush=True)
+    pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(PAIRS)]
+    for name in names:
+        times = compare(name, pairs, given.rounds // SELDOM if is_seldom(name) else given.rounds)
+        print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', '', '', ''])])} |", flush=True)
+    for worker in chain(*pairs):
+        worker.stop()
+    return None
+
+
+if __name__ == "__main__":
+    main()
