@@ -149,6 +149,7 @@ class _Plan:
         self._batches = (rows.batches_of_one_shape if apart else rows.batches_thrown_together)(tensors, small)
         one_piece = len(self._batches) == 1 and 0 < self.count <= ROW and not (self._large or self._others)
         self._tiny = one_piece and norms.accumulator(self._batches[0].dtype, norm_type) is None
+        self._few = norm_type == 2.0 and self.count <= SMALL
         self._measured = (*(place for batch in self._batches for place in batch.places),)
         self._measured += (*(place for place, *_ in self._large + self._others),)
 
@@ -171,7 +172,7 @@ class _Plan:
         for place, dtype, numel in self._large:
             rows.append_rows(pieces, _dense(tensors[place], dtype, numel), self._norm_type)
         pieces += [_norm_of(tensors[place], numel, self._norm_type) for place, numel in self._others]
-        return rows.joined(pieces, self._norm_type).item()
+        return rows.hypotenuse(pieces) if self._few else rows.joined(pieces, self._norm_type).item()
 
     def each(self, tensors: Tensors) -> Tensor:
         """The norm of each gradient, `(len(tensors),)`, float64, 0 for absent ones; errors as of `joint`."""

@@ -208,9 +208,17 @@ def row_of(numel: int) -> int:
 
 def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
     """The joint norm of 1-d tensors of norms, 0-d, float64."""
-    if len(pieces) == 1 and len(pieces[0]) == 1:
-        return pieces[0][0].double()
+    if len(pieces) == 1:
+        return pieces[0][0].double() if len(pieces[0]) == 1 else norms.joint_norm(pieces[0], norm_type)
     return norms.joint_norm(torch.cat(pieces) if pieces else torch.zeros(0, device="cpu"), norm_type)
+
+
+def hypotenuse(pieces: list[Tensor]) -> float:
+    """The joint 2-norm of 1-d tensors of a few norms: on floats it takes a tenth of what it does on tensors."""
+    values = [norm for piece in pieces for norm in piece.tolist()]
+    norm = math.hypot(*values)
+    # To which infinity counts for more than NaN.
+    return math.nan if norm == math.inf and any(map(math.isnan, values)) else norm
 
 
 def all_joined(lists: list[list[Tensor]], norm_type: float) -> Tensor:

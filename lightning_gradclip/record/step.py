@@ -147,10 +147,19 @@ def row_of(
         clipped: Share of the scopes over their limit, or of the entries outside the bounds; NaN where nobody counted.
         changed: Whether any gradient is to be written, 1 or 0.
     """
-    given = {"limit": limit, "coef": coef, "clipped": clipped, "changed": changed}
     if not isinstance(norm, Tensor):
-        finite = float(math.isfinite(norm))
-        return Row(norm=norm, norm_clipped=norm_clipped, finite=finite, skipped=0.0, overflow=0.0, **given)
+        return Row(
+            norm=norm,
+            norm_clipped=norm_clipped,
+            limit=limit,
+            coef=coef,
+            clipped=clipped,
+            finite=1.0 if math.isfinite(norm) else 0.0,
+            skipped=0.0,
+            changed=changed,
+            overflow=0.0,
+        )
+    given = {"limit": limit, "coef": coef, "clipped": clipped, "changed": changed}
     on_device: Any = Row
     zero = torch.zeros_like(norm)
     fields = {"norm": norm, "norm_clipped": norm_clipped, "finite": torch.isfinite(norm), **given}
