@@ -188,7 +188,7 @@ class Clipper(Recorded):
         return {
             **super().state_dict(),
             "skips_in_a_row": self._skips.count(),
-            "learned": self._limiter.state_dict(),
+            "learned": self._limiter.learned.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Clipper(Recorded):
         self._load(other.state_dict(), strict=False)
 
     def _load(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        self._limiter.load_state_dict(state["learned"], strict=strict)
+        self._limiter.learned.load_state_dict(state["learned"], strict=strict)
         super().load_state_dict(state)
         self._skips.resume(state["skips_in_a_row"])
 

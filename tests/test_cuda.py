@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_gradclip import ClipMethod, Clipper, NormClip
 from lightning_gradclip.gradients import foreach
-from lightning_gradclip.gradients.tuning import LAUNCH
+from lightning_gradclip.gradients.norms import LAUNCH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 

@@ -11,7 +11,7 @@ from gradients import same_bits
 from torch import Tensor
 
 from lightning_gradclip.gradients import foreach
-from lightning_gradclip.gradients.tuning import LAUNCH
+from lightning_gradclip.gradients.norms import LAUNCH
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_gradclip.gradients.tuning import PROGRAM
+from lightning_gradclip.gradients.norms import PROGRAM
 
 # Bytes at which gradients begin, so that several entries are moved at once.
 _ALIGNED = 16
@@ -60,11 +60,9 @@ def fits(tensor: Tensor) -> bool:
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Multiply tensors by one coefficient, rounding once.
+    """Multiply tensors on one device that `fits` approves by one coefficient, rounding once.
 
-    Args:
-        tensors: Tensors on one device that `fits` approves.
-        coef: 0-d on the same device; float64 for float64 tensors, else float32.
+    It is 0-d on the same device; float64 for float64 tensors, else float32.
     """
     alike: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import norms
-from lightning_gradclip.gradients.norms import Tensors
+from lightning_gradclip.gradients.norms import BLOCK, BLOCK_ON_DEVICE, SMALL, Tensors
 from lightning_gradclip.gradients.read import Meter
 from lightning_gradclip.gradients.rows import batches_of_one_shape, row_norms
-from lightning_gradclip.gradients.tuning import BLOCK, BLOCK_ON_DEVICE, LOOK, SMALL
 
 Bound = float | Tensor
 
@@ -21,12 +20,7 @@ _ROUNDING = 1e-5
 
 
 class Found(NamedTuple):
-    """What some gradients have outside the bounds.
-
-    Attributes:
-        counts: Entries outside, `(P,)`; where nobody wants the number, 1 for some and 0 for none.
-        clamped: The norms of the gradients with their entries clamped, `(P,)`; None where nobody wants them.
-    """
+    """Entries outside the bounds, `(P,)`, or 1 for some; and norms of the clamped gradients, if anybody wants them."""
 
     counts: Tensor
     clamped: Tensor | None
@@ -58,16 +52,7 @@ def with_outside(tensors: Tensors, local_norms: Sequence[float], low: float, hig
 def compared(
     tensors: Tensors, places: Sequence[int], local_norms: Tensor, low: Bound, high: Bound, norm_type: float
 ) -> Found:
-    """Count and clamp, in a pass over the tensors at these places; the norms of the others are known.
-
-    Args:
-        tensors: On any devices.
-        places: The tensors that may have entries outside.
-        local_norms: Of all tensors, `(P,)`.
-        low: Smallest entry allowed.
-        high: Largest.
-        norm_type: The p of the norms.
-    """
+    """Count and clamp, in a pass over the tensors at these places; the norms of the others, `(P,)`, are known."""
     counts = torch.zeros_like(local_norms)
     clamped = local_norms.clone()
     small = [place for place in places if (one := tensors[place]) is not None and one.is_cpu and _is_small(one)]
@@ -107,7 +92,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 def _has_outside(values: Tensor, low: float, high: float) -> bool:
     """Whether an entry is outside the bounds; where many are, the first chunk shows it."""
-    for chunk in norms.in_memory_order(values).reshape(-1).split(LOOK):
+    for chunk in norms.in_memory_order(values).reshape(-1).split(BLOCK):
         if chunk.numel():
             least, most = torch.aminmax(chunk)
             if least.item() < low or most.item() > high:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients.tuning import LAUNCH, MANY_SMALL, SAMPLE, SMALL_ON_AVERAGE
+from lightning_gradclip.gradients.norms import LAUNCH, MANY_SMALL, SMALL_ON_AVERAGE
 
 _Norm = Callable[..., Sequence[Tensor]]
 _Write = Callable[..., None]
@@ -92,19 +92,15 @@ def _are_many_small(tensors: Sequence[Tensor]) -> bool:
     """Whether GradScaler's function is faster than a product."""
     if len(tensors) < MANY_SMALL:
         return False
-    some = tensors[:: len(tensors) // SAMPLE + 1]
+    # Some of them tell.
+    some = tensors[:: len(tensors) // 32 + 1]
     return sum(map(Tensor.numel, some)) <= SMALL_ON_AVERAGE * len(some)
 
 
 def left_by_kernel_(tensors: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
-    """Multiply CUDA tensors, where that pays, by a kernel that leaves memory alone where the coefficient is 1.
+    """Multiply CUDA tensors, where that pays, by a kernel that leaves memory alone where the coefficient, 0-d, is 1.
 
-    Args:
-        tensors: Tensors on one device.
-        coef: 0-d, on the same device.
-
-    Returns:
-        The tensors that are still to be multiplied.
+    Returned are those that are still to be multiplied.
     """
     alike: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:

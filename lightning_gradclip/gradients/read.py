@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms, rows
-from lightning_gradclip.gradients.norms import CPU, Tensors
+from lightning_gradclip.gradients.norms import CPU, ROW, SMALL, Tensors
 from lightning_gradclip.gradients.rows import REAL, OutdatedError
-from lightning_gradclip.gradients.tuning import ROW, SMALL
 
 _Result = TypeVar("_Result")
 

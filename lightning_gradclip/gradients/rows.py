@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms
-from lightning_gradclip.gradients.norms import Tensors, vector_norm
-from lightning_gradclip.gradients.tuning import ALIKE, BLOCK, MANY_ROWS, ROW
+from lightning_gradclip.gradients.norms import ALIKE, BLOCK, MANY_ROWS, ROW, Tensors, vector_norm
 
 # Dtypes that are read by rows.
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,13 +136,10 @@ def _in_blocks(tensors: Tensors, places: Iterable[int]) -> Iterator[tuple[tuple[
 
 
 def row_norms(matrix: Tensor, norm_type: float, longest: int = ROW, *, widen: bool = True) -> Tensor:
-    """The norm of each row, `(k,)`, summed in float32 or wider.
+    """The norm of each row of a matrix `(k, n)`, `(k,)`, summed in float32 or wider.
 
-    Args:
-        matrix: Real or complex entries, `(k, n)`.
-        norm_type: The p of the norm, in (0, inf].
-        longest: How many entries go into one sum at most, where torch has a vectorised kernel for it.
-        widen: Whether the norms of longer rows, which are joined in float64, stay so.
+    Up to `longest` entries go into one sum where torch has a vectorised kernel for it. The norms of longer rows are
+    joined in float64, and stay so with `widen`.
     """
     columns = matrix.shape[1]
     wide = norms.accumulator(matrix.dtype, norm_type)

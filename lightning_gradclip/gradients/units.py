@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import norms
-from lightning_gradclip.gradients.norms import CPU, Tensors
+from lightning_gradclip.gradients.norms import CPU, SMALL, UNIT, Tensors
 from lightning_gradclip.gradients.rows import Batch, OutdatedError, batches_of_one_shape, row_norms
-from lightning_gradclip.gradients.tuning import SMALL, UNIT
 from lightning_gradclip.select.scopes import Units
 
 
 class UnitMeter:
-    """Measures the units of the same parameters at every step.
-
-    Args:
-        units: What the units are.
-        norm_type: The p of the norm, in (0, inf].
-    """
+    """Measures the units of the same parameters at every step."""
 
     def __init__(self, units: Units, norm_type: float) -> None:
         self._units = units
@@ -35,17 +29,10 @@ class UnitMeter:
         self._order: Tensor | None = None
 
     def each(self, tensors: Tensors) -> Tensor:
-        """The p-norm of each unit.
+        """The p-norm of each unit, `(S,)`, local, float32 or wider; those of an absent tensor are 0.
 
-        Args:
-            tensors: Gradients or weights, one for each parameter of the units; None counts as zeros.
-
-        Returns:
-            Norms, `(S,)`, local, float32 or wider, on the first device of a tensor that is not the CPU, if there is
-            one.
-
-        Raises:
-            RuntimeError: If a parameter has another number of units than it had.
+        On the first device of a tensor that is not the CPU, if there is one. It is a RuntimeError if a parameter has
+        another number of units than it had.
         """
         if all(tensor is None for tensor in tensors):
             return torch.zeros(self._units.count, dtype=torch.float64, device="cpu")

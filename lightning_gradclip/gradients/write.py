@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms
 from lightning_gradclip.gradients.entries import stored_bounds
-from lightning_gradclip.gradients.tuning import BLOCK, FEW, MANY
+from lightning_gradclip.gradients.norms import BLOCK, FEW, MANY
 from lightning_gradclip.select import layout
 
 _dtype_of = attrgetter("dtype")

@@ -6,13 +6,12 @@ from typing import final
 from torch import Tensor
 
 from lightning_gradclip.gradients import entries, norms
-from lightning_gradclip.gradients.entries import Bound, Found
 from lightning_gradclip.gradients.norms import Tensors
 from lightning_gradclip.gradients.ranks import Reduced, reduced
 from lightning_gradclip.gradients.read import Meter, exact_norms
 from lightning_gradclip.gradients.write import Clamp
-from lightning_gradclip.limit.limiter import Limiter, Outcome
-from lightning_gradclip.record.step import Row, row_of
+from lightning_gradclip.limit.limiter import Limiter, Outcome, read_row
+from lightning_gradclip.record.step import row_of
 from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.select.scopes import Scopes
 
@@ -38,8 +37,7 @@ class EntryLimiter(Limiter):
     ) -> Outcome:
         local = self._meter.each(gradients)
         outcome = self._outcome(gradients, local, step, scale, on_host=on_host, detailed=detailed)
-        on_device, row = isinstance(outcome.sizes, Tensor), outcome.row
-        if on_device and isinstance(row, Row) and norms.is_suspect(row.norm, self._method.norm_type):
+        if self._is_lost(outcome):
             local = exact_norms(gradients, self._method.norm_type)
             outcome = self._outcome(gradients, local, step, scale, on_host=on_host, detailed=detailed)
         return outcome
@@ -51,20 +49,19 @@ class EntryLimiter(Limiter):
         low, high = self._method.bounds(step)
         device = local.device if self._reducer is None else self._reducer.device
         on_cpu = device.type == "cpu"
-        bounds: tuple[Bound, Bound]
         if on_cpu:
             scale = float(scale)
-            bounds = low * scale, high * scale
             # Not written is what has no entry outside.
             places = entries.with_outside(gradients, local.tolist(), low * scale, high * scale)
         else:
-            bounds = low * scale, high * scale
             places = tuple(place for place, gradient in enumerate(gradients) if gradient is not None)
+        bounds = low * scale, high * scale
         if detailed:
             found = entries.compared(gradients, places, local, *bounds, p)
         else:
             found = entries.flagged(gradients, places, local, *bounds)
-        known = self._known(gradients, local, found)
+        vectors = [local] if found.clamped is None else [local, found.clamped]
+        known = reduced(self._reducer, gradients, vectors, p, [found.counts])
         each = known.norms[0] / scale
         joint, outside = norms.joint_norm(each, p), known.totals[0]
         if detailed:
@@ -76,15 +73,10 @@ class EntryLimiter(Limiter):
         row = row_of(joint, after, limit=high, coef=math.nan, clipped=clipped, changed=outside > 0)
         measured = self._measured_norms(gradients, known, each)
         change = Clamp(low, high, places)
+        row = read_row(row, on_host)
         if on_cpu:
-            row = Row(*row.tolist())
-            return Outcome(row.norm, high, change, row, measured, known.nothing)
-        row = Row(*row.cpu().tolist()) if on_host else row
+            return Outcome(joint.item(), high, change, row, measured, known.nothing)
         return Outcome(joint.view(1), joint.new_full((1,), high), change, row, measured, known.nothing)
-
-    def _known(self, gradients: Tensors, local: Tensor, found: Found) -> Reduced:
-        vectors = [local] if found.clamped is None else [local, found.clamped]
-        return reduced(self._reducer, gradients, vectors, self._method.norm_type, [found.counts])
 
     def _entries(self, gradients: Tensors, known: Reduced, each: Tensor) -> Tensor | int:
         """The number of entries of all gradients over all ranks, at least 1."""

@@ -16,13 +16,7 @@ _MEANING = ("per", "norm_type", "statistic", "window")
 class Learned:
     """The learned values of one method: in the order of this run's scopes, on their device, or in plain floats.
 
-    Args:
-        method: What they are of; changed only from here.
-
-    Attributes:
-        method: As above.
-        rule: The same, of which a single scope on CPU takes floats where tensors stand in its annotations.
-        adaptive: Whether anything is learned.
+    `rule` is the method, of which a single scope on CPU takes floats where tensors stand in its annotations.
     """
 
     def __init__(self, method: ClipMethod) -> None:
@@ -62,11 +56,7 @@ class Learned:
         return save(self.method, self._rows_of)
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        """Take over values, to be arranged at the next step; with `strict` some of their scopes must be in this run.
-
-        Raises:
-            ValueError: If another configuration learned them.
-        """
+        """Take over values, to be arranged at the next step; with `strict` some of their scopes must be in this run."""
         require_same_meaning(self.method, state)
         self._rows_of = tuple(state["scopes"])
         self.method.load_state_dict(state["values"])
@@ -89,11 +79,7 @@ def save(method: ClipMethod, scopes: Sequence[str]) -> dict[str, Any]:
 
 
 def require_same_meaning(method: ClipMethod, saved: Mapping[str, Any]) -> None:
-    """Refuse learned values that another configuration wrote; nothing was learned, nothing to refuse.
-
-    Raises:
-        ValueError: If the fingerprints differ.
-    """
+    """Refuse learned values that another configuration wrote; where nothing was learned, nothing is refused."""
     ours, theirs = fingerprint(method), saved["fingerprint"]
     if saved["values"] and ours != theirs:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ class Outcome:
     """One step before anything is done about it.
 
     Attributes:
-        sizes: Statistic of each scope, `(S,)`, or the float of the only one.
-        limits: Limit of each scope, `(S,)`, or the float of the only one.
+        sizes: Statistic of each scope, `(S,)`, or the float of the only one; so are `limits`.
         change: How the gradients are to be written; None: not at all.
         row: The row of a step that goes ahead; on the host where the host decides.
         measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
@@ -61,14 +60,30 @@ class Outcome:
         return f"the size {sizes:g} of scope {scopes.names[worst]!r} is over its limit {limits:g}"
 
 
+@dataclass(slots=True)
+class Sizes:
+    """What was measured: norms of the scopes, `(S,)`, and of all together, 0-d, and what the method looks at.
+
+    That is `sizes`, its statistic of each scope, and `weights`, where it wants those. The rest is as in `Outcome`.
+    """
+
+    norms: Tensor
+    joint: Tensor
+    sizes: Tensor
+    weights: Tensor | None
+    measured: Tensor | None
+    nothing: bool
+
+
 class Limiter(ABC):
-    """Runs one method over the parameters of one optimizer and keeps its learned values in order.
+    """Runs one method over the parameters of one optimizer.
 
     Args:
-        method: The method; changed only by `learn` and `load_state_dict`.
+        method: The method.
         measure_per: Kind of the scopes whose norms are recorded as well, if any.
 
     Attributes:
+        learned: The method and what it has learned.
         scopes: Where the method measures.
         measured: The scopes that `measure_per` asked for.
         has_details: Whether there is anything that costs passes of its own.
@@ -81,30 +96,23 @@ class Limiter(ABC):
 
     def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
         self._method, self._measure_per = method, measure_per
-        self._learned = Learned(method)
-        self.adaptive = self._learned.adaptive
+        self.learned = Learned(method)
+        self.adaptive = self.learned.adaptive
 
     @final
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
-        """Take over the parameters of this selection; learned values follow their scopes' names.
-
-        Args:
-            selection: The parameters.
-            reducer: Joins what the ranks know of them, where ranks hold pieces.
-        """
+        """Take over these parameters; a reducer joins what the ranks know of them, where ranks hold pieces."""
         self._params, self._reducer = selection.params, reducer
         self.measured = selection.scopes(self._measure_per) if self._measure_per else None
         self.scopes = self._serve(selection)
 
     @abstractmethod
+    def _serve(self, selection: Selection) -> Scopes | Units:
+        """The scopes of the method among these parameters."""
+
+    @abstractmethod
     def judge(
-        self,
-        gradients: Tensors,
-        step: int,
-        scale: float | Tensor = 1.0,
-        *,
-        on_host: bool,
-        detailed: bool,
+        self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
         """Measure, reduce and limit; once more in wide arithmetic when the fast sum left its range.
 
@@ -116,15 +124,11 @@ class Limiter(ABC):
             detailed: Whether to find out what costs passes of its own.
         """
 
-    @abstractmethod
-    def _serve(self, selection: Selection) -> Scopes | Units:
-        """The scopes of the method among these parameters."""
-
     @final
     def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
         """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
         if self.adaptive and whole is not False:
-            self._learned.learn(outcome.sizes, outcome.limits, whole)
+            self.learned.learn(outcome.sizes, outcome.limits, whole)
 
     @final
     def anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
@@ -132,17 +136,38 @@ class Limiter(ABC):
         return flags if self._reducer is None else self._reducer.anywhere(flags)
 
     @final
-    def state_dict(self) -> dict[str, Any]:
-        """Learned values by scope name, with their fingerprint."""
-        return self._learned.state_dict()
+    def _limited(self, found: Sizes, step: int, change: Callable[[Tensor], Change], *, on_host: bool) -> Outcome:
+        """From sizes to an outcome, as tensors; `change` is what coefficients, `(S,)`, do to the gradients."""
+        method, sizes = self._method, found.sizes
+        self.learned.arrange(self.scopes, sizes)
+        limits = method.limit(sizes, found.weights, step)
+        if self.adaptive:
+            # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
+            limits = torch.where(limits > 0, limits, math.inf)
+        limit = limits[0] if limits.numel() == 1 else math.nan
+        # On CPU the host looks for free, and most steps have nothing to be scaled.
+        looks = sizes.is_cpu and not method.may_grow
+        if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
+            row: Row | Tensor = row_of(norm, norm, limit=float(limit))
+            return Outcome(sizes, limits, None, row, found.measured, found.nothing)
+        wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
+        coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
+        some = coefs.numel() > 0
+        row = row_of(
+            found.joint,
+            norms.joint_norm(found.norms * coefs, method.norm_type),
+            limit=limit,
+            coef=coefs.amin() if some else 1.0,
+            clipped=((sizes > limits) & finite).to(wide).mean() if some else 0.0,
+            changed=(coefs != 1).any(),
+        )
+        return Outcome(sizes, limits, change(coefs), read_row(row, on_host), found.measured, found.nothing)
 
     @final
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        """Take over learned values; they are arranged and moved to the device at the next step.
-
-        With `strict` it is an error there if none of their scopes is in this run.
-        """
-        self._learned.load_state_dict(state, strict=strict)
+    def _is_lost(self, outcome: Outcome) -> bool:
+        """Whether the joint norm of a step on a device left the range of the fast sum, as far as the host has seen."""
+        on_device = isinstance(outcome.sizes, Tensor) and not outcome.sizes.is_cpu
+        return on_device and isinstance(outcome.row, Row) and norms.is_suspect(outcome.row.norm, self._method.norm_type)
 
     @final
     def _held(self) -> Tensors:
@@ -150,11 +175,11 @@ class Limiter(ABC):
         return self._params if self._reducer is None else [layout.local(one) for one in self._params]
 
     @final
-    def _present(self, gradients: Tensors, known: Reduced, device: torch.device) -> Tensor:
-        """For each parameter whether there is a gradient of it, `(P,)`."""
+    def _present(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
+        """For each parameter 1 if there is a gradient of it, else 0, `(P,)`."""
         if known.present is not None:
-            return known.present > 0
-        return norms.integers_on(tuple(int(one is not None) for one in gradients), device) > 0
+            return (known.present > 0).to(like)
+        return norms.integers_on(tuple(int(one is not None) for one in gradients), like.device).to(like.dtype)
 
     @final
     def _counts(self, like: Tensor) -> Tensor:
@@ -168,99 +193,13 @@ class Limiter(ABC):
         if self.measured is None:
             return None
         found = norms.scope_norms(of_parameters, self.measured, self._method.norm_type)
-        present = self._present(gradients, known, found.device).to(found.dtype)
-        there = torch.zeros_like(found).index_add_(0, self.measured.index_on(found.device), present)
-        return found.where(there > 0, math.nan)
+        index, present = self.measured.index_on(found.device), self._present(gradients, known, found)
+        return found.where(torch.zeros_like(found).index_add_(0, index, present) > 0, math.nan)
 
 
-@dataclass(slots=True)
-class Sizes:
-    """What was measured in one step.
-
-    Attributes:
-        norms: Of each scope, `(S,)`.
-        joint: Of all together, 0-d.
-        sizes: The method's statistic of each scope, `(S,)`.
-        weights: Sizes of the weights of each scope, `(S,)`, where the method wants them.
-        measured: As in `Outcome`; so is `nothing`.
-    """
-
-    norms: Tensor
-    joint: Tensor
-    sizes: Tensor
-    weights: Tensor | None
-    measured: Tensor | None
-    nothing: bool
-
-
-class Finding(Protocol):
-    """Measures the gradients of a step, with `exact` in wide arithmetic."""
-
-    def __call__(self, *, exact: bool) -> Sizes: ...
-
-
-def limited(
-    find: Finding,
-    learned: Learned,
-    scopes: Scopes | Units,
-    step: int,
-    change: Callable[[Tensor], Change],
-    *,
-    on_host: bool,
-) -> Outcome:
-    """From sizes to an outcome, as tensors.
-
-    Args:
-        find: Measures.
-        learned: The method and what it has learned.
-        scopes: Where it measures.
-        step: Steps taken before this one.
-        change: What coefficients, `(S,)`, do to the gradients.
-        on_host: Whether the host reads the row on devices where that makes it wait.
-    """
-    outcome = _limited(find(exact=False), learned, scopes, step, change, on_host=on_host)
-    on_device = not outcome.sizes.is_cpu
-    if on_device and isinstance(outcome.row, Row) and norms.is_suspect(outcome.row.norm, learned.method.norm_type):
-        outcome = _limited(find(exact=True), learned, scopes, step, change, on_host=on_host)
-    return outcome
-
-
-def _limited(
-    found: Sizes,
-    learned: Learned,
-    scopes: Scopes | Units,
-    step: int,
-    change: Callable[[Tensor], Change],
-    *,
-    on_host: bool,
-) -> Outcome:
-    method, sizes = learned.method, found.sizes
-    learned.arrange(scopes, sizes)
-    limits = method.limit(sizes, found.weights, step)
-    if learned.adaptive:
-        # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
-        limits = torch.where(limits > 0, limits, math.inf)
-    limit = limits[0] if limits.numel() == 1 else math.nan
-    # On CPU the host looks for free, and most steps have nothing to be scaled.
-    looks = sizes.is_cpu and not method.may_grow
-    if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
-        row: Row | Tensor = row_of(norm, norm, limit=float(limit))
-        return Outcome(sizes, limits, None, row, found.measured, found.nothing)
-    wide = norms.widest(sizes.device)
-    finite = torch.isfinite(sizes)
-    coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
-    some = coefs.numel() > 0
-    row = row_of(
-        found.joint,
-        norms.joint_norm(found.norms * coefs, method.norm_type),
-        limit=limit,
-        coef=coefs.amin() if some else 1.0,
-        clipped=((sizes > limits) & finite).to(wide).mean() if some else 0.0,
-        changed=(coefs != 1).any(),
-    )
-    if on_host or row.is_cpu:
-        row = Row(*row.tolist())
-    return Outcome(sizes, limits, change(coefs), row, found.measured, found.nothing)
+def read_row(row: Tensor, on_host: bool) -> Row | Tensor:
+    """The row on the host where that is wanted, or costs nothing."""
+    return Row(*row.cpu().tolist()) if on_host or row.is_cpu else row
 
 
 @final
@@ -270,9 +209,6 @@ class ScopeLimiter(Limiter):
     Most runs limit one joint norm. Its handful of numbers costs more as tensors than the gradients of a small model
     cost to measure, so that on CPU rules that are written for floats as well are given floats. Where the gradients are
     on a device, and for rules that want tensors, one scope is as several.
-
-    Attributes:
-        takes_floats: Whether the rule is given floats on CPU.
     """
 
     def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
@@ -287,18 +223,14 @@ class ScopeLimiter(Limiter):
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
-        if self.takes_floats:
-            outcome = self._judge_in_floats(gradients, step, scale)
-            if outcome is not None:
-                return outcome
-
-        def find(*, exact: bool) -> Sizes:
-            p = self._method.norm_type
-            return self._sizes(
-                gradients, exact_norms(gradients, p) if exact else self._gradients.each(gradients), scale
-            )
-
-        return limited(find, self._learned, self._scopes, step, self._change, on_host=on_host)
+        outcome = self._judge_in_floats(gradients, step, scale) if self.takes_floats else None
+        if outcome is None:
+            sizes = self._sizes(gradients, self._gradients.each(gradients), scale)
+            outcome = self._limited(sizes, step, self._change, on_host=on_host)
+            if self._is_lost(outcome):
+                sizes = self._sizes(gradients, exact_norms(gradients, self._method.norm_type), scale)
+                outcome = self._limited(sizes, step, self._change, on_host=on_host)
+        return outcome
 
     def _change(self, coefs: Tensor) -> Change:
         return ScaleAll(coefs) if len(coefs) == 1 else Scale(coefs, self._scopes.index)
@@ -319,7 +251,7 @@ class ScopeLimiter(Limiter):
 
     def _root_counts(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
-        counts = self._counts(like) * self._present(gradients, known, like.device)
+        counts = self._counts(like) * self._present(gradients, known, like)
         sums = like.new_zeros(self._scopes.count).index_add_(0, self._scopes.index_on(like.device), counts)
         return sums.clamp_min(1.0).sqrt()
 
@@ -328,7 +260,7 @@ class ScopeLimiter(Limiter):
         norm, known = self._joint(gradients)
         if norm is None:
             return None
-        method, learned, measured = self._learned.rule, self._learned, None
+        learned, method, measured = self.learned, self.learned.rule, None
         if known is not None:
             measured = self._measured_norms(gradients, known, known.norms[0] / scale)
         if scale != 1.0:
@@ -345,9 +277,8 @@ class ScopeLimiter(Limiter):
         if not (over or method.may_grow):
             return Outcome(size, limit, None, row_of(norm, norm, limit=limit), measured, nothing)
         coef = coefs_of(method, size, limit, step) if math.isfinite(norm) else 1.0
-        change = ScaleAll(coef) if coef != 1.0 else None
         row = row_of(norm, norm * coef, limit=limit, coef=coef, clipped=float(over), changed=float(coef != 1.0))
-        return Outcome(size, limit, change, row, measured, nothing)
+        return Outcome(size, limit, ScaleAll(coef) if coef != 1.0 else None, row, measured, nothing)
 
     def _joint(self, gradients: Tensors) -> tuple[float | None, Reduced | None]:
         """The joint norm, None unless on CPU, and where those of the parameters are wanted too, what is known."""

@@ -10,7 +10,7 @@ from lightning_gradclip.gradients.norms import Tensors
 from lightning_gradclip.gradients.ranks import Reduced, reduced
 from lightning_gradclip.gradients.units import UnitMeter
 from lightning_gradclip.gradients.write import ScaleUnits
-from lightning_gradclip.limit.limiter import Limiter, Outcome, Sizes, limited
+from lightning_gradclip.limit.limiter import Limiter, Outcome, Sizes
 from lightning_gradclip.select import layout
 from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.select.scopes import Units
@@ -23,11 +23,12 @@ class UnitLimiter(Limiter):
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
-        def find(*, exact: bool) -> Sizes:
-            meter = self._of_gradients
-            return self._sizes(gradients, meter.exact(gradients) if exact else meter.each(gradients), scale)
-
-        return limited(find, self._learned, self._units, step, self._change, on_host=on_host)
+        sizes = self._sizes(gradients, self._of_gradients.each(gradients), scale)
+        outcome = self._limited(sizes, step, self._change, on_host=on_host)
+        if self._is_lost(outcome):
+            sizes = self._sizes(gradients, self._of_gradients.exact(gradients), scale)
+            outcome = self._limited(sizes, step, self._change, on_host=on_host)
+        return outcome
 
     def _serve(self, selection: Selection) -> Units:
         self._units = self._held_units = selection.units()
