@@ -1,6 +1,9 @@
 """Every file of the package keeps to its room, and whoever breaks a rule is told which one, and where."""
 
 import ast
+import importlib
+import inspect
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from rooms import NEED_TORCH, PACKAGE, TABLE, House, Room, changes_in_place, covers
+
+from lightning_gradclip import limit
+from lightning_gradclip.limit import limiter
 
 ROOT = Path(__file__).parents[1]
 HOUSE = House(ROOT)
@@ -132,3 +138,28 @@ def test_whoever_breaks_a_rule_is_told(file: str, added: str, told: str, tmp_pat
 def test_what_a_function_has_made_it_may_change(kept: str) -> None:
     (function,) = ast.parse(f"def f(given):\n    {kept}").body
     assert [*changes_in_place(function, {"ours"})] == []
+
+
+def subclasses(cls: type) -> list[type]:
+    return [one for direct in cls.__subclasses__() for one in (direct, *subclasses(direct))]
+
+
+def test_limiters_are_abstract_or_final() -> None:
+    for module in pkgutil.iter_modules(limit.__path__):
+        importlib.import_module(f"{limit.__name__}.{module.name}")
+    found = subclasses(limiter.Limiter)
+    assert len(found) >= 3
+    for cls in found:
+        assert getattr(cls, "__final__", False) or inspect.isabstract(cls), cls
+        for name in vars(cls):
+            inherited = getattr(cls.__base__, name, None)
+            concrete = inspect.isfunction(inherited) and not getattr(inherited, "__isabstractmethod__", False)
+            assert not concrete or name == "__init__", f"{cls.__name__}.{name} overrides what is done already"
+
+
+def test_no_row_is_made_of_numbers_in_a_row() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Row":
+                given = [one for one in node.args if not isinstance(one, ast.Starred)]
+                assert len(given) <= 2, f"{path}:{node.lineno} tells nine numbers apart by their order"

@@ -148,7 +148,7 @@ class Limiter(ABC):
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = sizes.is_cpu and not method.may_grow
         if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
-            row: Row | Tensor = row_of(norm, norm, limit=float(limit))
+            row = row_of(norm, norm, limit=float(limit))
             return Outcome(sizes, limits, None, row, found.measured, found.nothing)
         wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
         coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)

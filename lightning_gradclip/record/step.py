@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ class Row(NamedTuple):
     norm: float
     norm_clipped: float
     limit: float
-    coef: float
-    clipped: float
-    finite: float
-    skipped: float
-    changed: float
-    overflow: float
+    coef: float = 1.0
+    clipped: float = 0.0
+    finite: float = 1.0
+    skipped: float = 0.0
+    changed: float = 0.0
+    overflow: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -120,27 +120,11 @@ class StepStats:
         return torch.tensor(self.row[position], dtype=torch.float64, device="cpu")
 
 
-@overload
-def row_of(
-    norm: float, norm_clipped: float, *, limit: float, coef: float = 1.0, clipped: float = 0.0, changed: float = 0.0
-) -> Row: ...
-@overload
-def row_of(
-    norm: Tensor,
-    norm_clipped: Tensor,
-    *,
-    limit: Tensor | float,
-    coef: Tensor | float = 1.0,
-    clipped: Tensor | float = 0.0,
-    changed: Tensor | float = 0.0,
-) -> Tensor: ...
-def row_of(
-    norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped: Any = 0.0, changed: Any = 0.0
-) -> Row | Tensor:
+def row_of(norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped: Any = 0.0, changed: Any = 0.0) -> Any:
     """The row of a step that is neither dropped nor overflowing; without more words, of one that changes nothing.
 
     Args:
-        norm: Joint norm before clipping, a float on the host, or a tensor, 0-d, where the row shall be.
+        norm: Joint norm before clipping: a float, for a row on the host, or a tensor, 0-d, where the row shall be.
         norm_clipped: After; NaN where nobody looked.
         limit: The limit of the only scope, else NaN.
         coef: The smallest factor; NaN where none is applied.
@@ -148,63 +132,36 @@ def row_of(
         changed: Whether any gradient is to be written, 1 or 0.
     """
     if not isinstance(norm, Tensor):
-        return Row(
-            norm=norm,
-            norm_clipped=norm_clipped,
-            limit=limit,
-            coef=coef,
-            clipped=clipped,
-            finite=1.0 if math.isfinite(norm) else 0.0,
-            skipped=0.0,
-            changed=changed,
-            overflow=0.0,
-        )
-    given = {"limit": limit, "coef": coef, "clipped": clipped, "changed": changed}
-    on_device: Any = Row
-    zero = torch.zeros_like(norm)
-    fields = {"norm": norm, "norm_clipped": norm_clipped, "finite": torch.isfinite(norm), **given}
-    return _stacked(
-        on_device(skipped=zero, overflow=zero, **{name: _like(value, norm) for name, value in fields.items()})
-    )
+        finite = 1.0 if math.isfinite(norm) else 0.0
+        return Row(norm, norm_clipped, limit=limit, coef=coef, clipped=clipped, finite=finite, changed=changed)
+    values: Any = {"norm": norm, "norm_clipped": norm_clipped, "limit": limit, "coef": coef, "clipped": clipped}
+    row: Any = Row(**values, finite=torch.isfinite(norm), changed=changed)  # pyright: ignore[reportArgumentType]
+    return torch.stack([torch.full_like(norm, one) if isinstance(one, float) else one.to(norm.dtype) for one in row])
 
 
 def amended(row: Row | Tensor, **fields: Any) -> Any:
     """The row with other values in these fields, where the row is."""
-    if isinstance(row, Row):
-        return row._replace(**fields)
-    return _stacked(_unstacked(row)._replace(**fields))
+    return row._replace(**fields) if isinstance(row, Row) else torch.stack([*_named(row)._replace(**fields)])
 
 
 def dropped(row: Tensor, flag: Tensor) -> Tensor:
     """The row of a step that a device drops where `flag`, 0-d, is 1."""
-    fields, drops, zero = _unstacked(row), flag > 0, torch.zeros_like(flag)
-    return amended(
-        row,
-        skipped=flag,
-        changed=torch.maximum(fields.changed, flag),
-        coef=torch.where(drops, zero, fields.coef),
-        norm_clipped=torch.where(drops, zero, fields.norm_clipped),
-    )
+    fields, kept = _named(row), flag == 0
+    coef, norm_clipped = fields.coef.where(kept, 0.0), fields.norm_clipped.where(kept, 0.0)
+    changed = torch.maximum(fields.changed, flag)
+    return amended(row, skipped=flag, changed=changed, coef=coef, norm_clipped=norm_clipped)
 
 
 def overflowing(row: Row | Tensor) -> Any:
     """The row of a step that a GradScaler drops if it is not finite."""
-    fields = row if isinstance(row, Row) else _unstacked(row)
+    fields = _named(row)
     drops = 1 - fields.finite
     return amended(row, overflow=drops, skipped=drops, changed=fields.changed * fields.finite)
 
 
-def _unstacked(row: Tensor) -> Any:
-    fields: Any = row.unbind()
-    return Row(*fields)
-
-
-def _stacked(row: Any) -> Tensor:
-    return torch.stack(tuple(row))
-
-
-def _like(value: Tensor | float, norm: Tensor) -> Tensor:
-    return value.to(norm.dtype) if isinstance(value, Tensor) else torch.full_like(norm, value)
+def _named(row: Row | Tensor) -> Any:
+    """The fields, each 0-d where the row is a tensor."""
+    return Row(*row.unbind()) if isinstance(row, Tensor) else row  # pyright: ignore[reportArgumentType]
 
 
 def _rows(numbers: Tensor | float) -> Tensor:

@@ -4,6 +4,7 @@ A step costs three appends. When somebody looks, or the buffer is full, its step
 to the readers, such as a history, and, when the window is asked for its metrics, into running aggregates.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,13 +24,9 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 
 
 class Packed(NamedTuple):
-    """Consecutive steps on the host, `n` of them.
+    """Consecutive steps on the host: their numbers, `n`, and rows, `(n, len(Row._fields))`.
 
-    Attributes:
-        steps: Their numbers, on the axis of whoever takes them.
-        rows: `(n, len(Row._fields))`.
-        scopes: The measured scopes, `S`.
-        norms: Of these scopes, `(n, S)`, NaN for absent ones.
+    And the measured scopes, `S`, with their norms, `(n, S)`, NaN for absent ones.
     """
 
     steps: list[int]
@@ -44,8 +41,7 @@ Reader: TypeAlias = Callable[[Packed], None]
 class Window:
     """Every step since the last `clear`, in bounded memory, and counts since the start.
 
-    Args:
-        readers: Each is told of every step once, in order, many at a time.
+    Each of the readers is told of every step once, in order, many at a time.
     """
 
     def __init__(self, *readers: Reader) -> None:
@@ -65,13 +61,9 @@ class Window:
         self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
 
     def add(self, step: int, row: Row | Tensor, scopes: tuple[str, ...] = (), norms: Tensor | None = None) -> None:
-        """Record one step.
+        """Record one step by its number, for the readers, its row, and norms of the measured scopes, `(S,)`.
 
-        Args:
-            step: Its number, for the readers; never falling.
-            row: What it did; the tensor must not be written again.
-            scopes: The measured scopes, `S`.
-            norms: Of these, `(S,)`, NaN for absent ones; must not be written again either.
+        Tensors must not be written again.
         """
         if scopes is not self._scopes and scopes != self._scopes:
             self.look()
@@ -181,11 +173,7 @@ class Window:
 
 
 class Recorded:
-    """What keeps a record of its steps: the common part of a clipper and of what stands in for one.
-
-    Args:
-        window: Where.
-    """
+    """What keeps a record of its steps: the common part of a clipper and of what stands in for one."""
 
     def __init__(self, window: Window) -> None:
         self._window = window
@@ -230,14 +218,8 @@ class Recorded:
         self._window.load_state_dict(state["window"])
 
 
-# What is averaged, and under which name.
-_MEANS = {
-    "norm": "norm",
-    "norm_clipped": "norm_clipped",
-    "limit": "limit",
-    "clip_rate": "changed",
-    "clipped": "clipped",
-}
+# The field that each mean is of.
+_MEANS = {name: name for name in ("norm", "norm_clipped", "limit")} | {"clip_rate": "changed", "clipped": "clipped"}
 
 
 class Aggregate(Metric):
@@ -254,11 +236,9 @@ class Aggregate(Metric):
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        zeros = torch.zeros(len(_MEANS), dtype=torch.float64, device="cpu")
-        self.add_state("sums", zeros.clone(), persistent=True)
-        self.add_state("counts", zeros.clone(), persistent=True)
-        self.add_state("norm_max", torch.tensor(-torch.inf, dtype=torch.float64, device="cpu"), persistent=True)
-        self.add_state("coef_min", torch.tensor(torch.inf, dtype=torch.float64, device="cpu"), persistent=True)
+        zeros = [0.0] * len(_MEANS)
+        for name, value in {"sums": zeros, "counts": zeros, "norm_max": -math.inf, "coef_min": math.inf}.items():
+            self.add_state(name, torch.tensor(value, dtype=torch.float64, device="cpu"), persistent=True)
 
     def update(self, rows: Tensor) -> None:
         """Take in the rows of some steps, `(N, len(Row._fields))`, float64, on the host."""
@@ -281,9 +261,9 @@ class Aggregate(Metric):
         values = torch.stack([columns[field] for field in _MEANS.values()])
         self.sums += torch.where(masks, values, 0.0).sum(1)
         self.counts += masks.sum(1)
-        self.norm_max = torch.maximum(self.norm_max, columns["norm"].where(finite, -torch.inf).amax())
+        self.norm_max = torch.maximum(self.norm_max, columns["norm"].where(finite, -math.inf).amax())
         # NaN where no factor is applied.
-        smallest = coef.where(finite & torch.isfinite(coef), torch.inf).amin()
+        smallest = coef.where(finite & torch.isfinite(coef), math.inf).amin()
         self.coef_min = torch.minimum(self.coef_min, smallest)
 
     def compute(self) -> dict[str, float]:
@@ -291,7 +271,7 @@ class Aggregate(Metric):
         pairs = zip(_MEANS, self.sums.tolist(), self.counts.tolist(), strict=True)
         means = {name: total / count for name, total, count in pairs if count}
         extremes = {"norm_max": self.norm_max.item(), "coef_min": self.coef_min.item()}
-        found = {**means, **{name: value for name, value in extremes.items() if abs(value) != torch.inf}}
+        found = means | {name: value for name, value in extremes.items() if abs(value) != math.inf}
         order = ("norm", "norm_clipped", "norm_max", "limit", "coef_min", "clip_rate", "clipped")
         return {name: found[name] for name in order if name in found}
 
