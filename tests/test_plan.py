@@ -13,9 +13,9 @@ from torch import Tensor
 from work import Work
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, QuantileClip, ValueClip
-from lightning_gradclip.gradients.norms import BLOCK, ROW, SMALL
+from lightning_gradclip.gradients.blocks import block_of
+from lightning_gradclip.gradients.norms import BLOCK, CHUNK, SMALL
 from lightning_gradclip.gradients.read import Meter
-from lightning_gradclip.gradients.rows import row_of
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -52,9 +52,9 @@ KINDS: dict[str, Callable[[int], Tensor | None]] = {
     "matrix": lambda seed: drawn(7, 4, seed=seed),
     "other matrix": lambda seed: drawn(4, 7, seed=seed),
     "transposed": lambda seed: drawn(4, 7, seed=seed).t(),
-    "one row less": lambda seed: drawn(ROW - 1, seed=seed),
-    "a row": lambda seed: drawn(ROW, seed=seed),
-    "one row more": lambda seed: drawn(ROW + 1, seed=seed),
+    "one block less": lambda seed: drawn(BLOCK - 1, seed=seed),
+    "a block": lambda seed: drawn(BLOCK, seed=seed),
+    "one block more": lambda seed: drawn(BLOCK + 1, seed=seed),
     "hardly small": lambda seed: drawn(SMALL - 1, seed=seed),
     "hardly large": lambda seed: drawn(SMALL, seed=seed),
     "large of another shape": lambda seed: drawn(2, SMALL // 2, seed=seed),
@@ -126,7 +126,7 @@ class TestChanges:
 class TestSizes:
     @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("count", [ROW - 1, ROW, ROW + 1, SMALL - 1, SMALL, BLOCK - 1, BLOCK, BLOCK + 1])
+    @pytest.mark.parametrize("count", [BLOCK - 1, BLOCK, BLOCK + 1, SMALL - 1, SMALL, CHUNK - 1, CHUNK, CHUNK + 1])
     def test_norms_around_each_threshold(self, count: int, dtype: torch.dtype, p: float) -> None:
         agree(Meter(p), [drawn(count, dtype=dtype)], p)
 
@@ -135,7 +135,7 @@ class TestSizes:
         [(2**20, 512), (768 * 768, 512), (50_257 * 768, 464), (100_000, 400), (3 * 5**7, 375), (99_991, 512)],
     )
     def test_rows_leave_nothing_over_where_that_is_possible(self, count: int, row: int) -> None:
-        assert row_of(count) == row
+        assert block_of(count) == row
         assert (count % row == 0) == (count != 99_991)
         with Work() as work:
             Meter(2.0).joint([drawn(count)])
@@ -257,7 +257,7 @@ WRITERS = {
 class TestWrites:
     @staticmethod
     def pairs(dtype: torch.dtype) -> list:
-        shapes = [(), (5,), (7, 4), (3, 2, 5, 5), (2, SMALL), (BLOCK + 3,)]
+        shapes = [(), (5,), (7, 4), (3, 2, 5, 5), (2, SMALL), (CHUNK + 3,)]
         return named({f"w{i}": drawn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)})
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

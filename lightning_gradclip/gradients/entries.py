@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import norms
-from lightning_gradclip.gradients.norms import BLOCK, BLOCK_ON_DEVICE, SMALL, Tensors
+from lightning_gradclip.gradients.blocks import batches_of_one_shape, row_norms
+from lightning_gradclip.gradients.norms import CHUNK, CHUNK_ON_DEVICE, SMALL, Tensors
 from lightning_gradclip.gradients.read import Meter
-from lightning_gradclip.gradients.rows import batches_of_one_shape, row_norms
 
 Bound = float | Tensor
 
@@ -92,7 +92,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 def _has_outside(values: Tensor, low: float, high: float) -> bool:
     """Whether an entry is outside the bounds; where many are, the first chunk shows it."""
-    for chunk in norms.in_memory_order(values).reshape(-1).split(BLOCK):
+    for chunk in norms.in_memory_order(values).reshape(-1).split(CHUNK):
         if chunk.numel():
             least, most = torch.aminmax(chunk)
             if least.item() < low or most.item() > high:
@@ -107,9 +107,9 @@ def _compared(values: Tensor, low: Bound, high: Bound, norm_type: float) -> tupl
     least, most = _stored(values, low, high)
     flat = norms.in_memory_order(values).reshape(-1)
     counts, clamped = [], []
-    for block in flat.split(BLOCK if values.is_cpu else BLOCK_ON_DEVICE):
-        counts.append(_count(block, least, most))
-        clamped.append(Meter(norm_type).each([torch.clamp(block, least, most)]))
+    for chunk in flat.split(CHUNK if values.is_cpu else CHUNK_ON_DEVICE):
+        counts.append(_count(chunk, least, most))
+        clamped.append(Meter(norm_type).each([torch.clamp(chunk, least, most)]))
     return torch.stack(counts).sum(), norms.joint_norm(torch.cat(clamped), norm_type)
 
 

@@ -17,15 +17,15 @@ CPU = torch.device("cpu")
 
 # Entries copied, converted or compared at once, a mebibyte: 2,000 tensors of 1,000 take 1.2 times as long with 2**16,
 # 0.92 with 2**19, which is twice the memory.
-BLOCK = 2**18
+CHUNK = 2**18
 # The same on a device, where it only bounds the memory that comparing takes; not measured.
-BLOCK_ON_DEVICE = 2**24
+CHUNK_ON_DEVICE = 2**24
 # Entries in one float32 sum: even of equal ones, whose rounding errors all agree, 512 stay within 1e-6; 768 do not.
-ROW = 512
+BLOCK = 512
 # Entries of a unit in one sum, as timm and torch add them up, bit for bit: beyond this the sixth digit is lost.
 UNIT = 8192
-# bfloat16 entries that are read as they are, since the errors of so many rows average out: see `rows`.
-MANY_ROWS = 2**20
+# bfloat16 entries that are read as they are, since the errors of so many blocks average out: see `blocks`.
+MANY_BLOCKS = 2**20
 # Entries below which a tensor is copied beside others: 100 tensors of 12,000 take 0.53 of a call for each, of 24,000
 # 0.84.
 SMALL = 2**14
@@ -94,9 +94,9 @@ def exact_norm(value: Tensor, norm_type: float) -> Tensor:
     largest = torch.maximum(-low, high).double()
     if norm_type == math.inf or not 0 < largest.item() < math.inf:  # zeros, or not finite
         return largest
-    # A block at a time, since a copy of a large gradient may not fit.
-    blocks = in_memory_order(value).reshape(-1).split(BLOCK // 2)
-    norms = [vector_norm(block.double() / largest, norm_type) for block in blocks]
+    # A chunk at a time, since a copy of a large gradient may not fit.
+    chunks = in_memory_order(value).reshape(-1).split(CHUNK // 2)
+    norms = [vector_norm(chunk.double() / largest, norm_type) for chunk in chunks]
     return largest * joint_norm(torch.stack(norms), norm_type)
 
 

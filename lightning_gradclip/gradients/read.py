@@ -17,9 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import foreach, norms, rows
-from lightning_gradclip.gradients.norms import CPU, ROW, SMALL, Tensors
-from lightning_gradclip.gradients.rows import REAL, OutdatedError
+from lightning_gradclip.gradients import blocks, foreach, norms
+from lightning_gradclip.gradients.blocks import REAL, OutdatedError
+from lightning_gradclip.gradients.norms import BLOCK, CPU, SMALL, Tensors
 
 _Result = TypeVar("_Result")
 
@@ -102,7 +102,7 @@ def _norms_on_devices(tensors: Tensors, norm_type: float) -> Tensor:
     present = [norms.dense_values(tensor) for tensor in tensors if tensor is not None]
     found = [torch.zeros((), device=value.device) for value in present]
     filled = [place for place, value in enumerate(present) if value.numel()]
-    for (_, dtype, _), places in rows.by_kind(present, filled).items():
+    for (_, dtype, _), places in blocks.by_kind(present, filled).items():
         values = [present[place] for place in places]
         together = foreach.norms(values, norm_type, norms.accumulator(dtype, norm_type))
         for place, norm in zip(places, together, strict=True):
@@ -145,8 +145,8 @@ class _Plan:
                 small.append(place)
             else:
                 self._large.append((place, tensor.dtype, tensor.numel()))
-        self._batches = (rows.batches_of_one_shape if apart else rows.batches_thrown_together)(tensors, small)
-        one_piece = len(self._batches) == 1 and 0 < self.count <= ROW and not (self._large or self._others)
+        self._batches = (blocks.batches_of_one_shape if apart else blocks.batches_thrown_together)(tensors, small)
+        one_piece = len(self._batches) == 1 and 0 < self.count <= BLOCK and not (self._large or self._others)
         self._tiny = one_piece and norms.accumulator(self._batches[0].dtype, norm_type) is None
         self._few = norm_type == 2.0 and self.count <= SMALL
         self._measured = (*(place for batch in self._batches for place in batch.places),)
@@ -167,23 +167,23 @@ class _Plan:
             return torch.linalg.vector_norm(self._batches[0].gathered(tensors), self._norm_type).item()
         pieces: list[Tensor] = []
         for batch in self._batches:
-            rows.append_rows(pieces, batch.gathered(tensors), self._norm_type)
+            blocks.append_blocks(pieces, batch.gathered(tensors), self._norm_type)
         for place, dtype, numel in self._large:
-            rows.append_rows(pieces, _dense(tensors[place], dtype, numel), self._norm_type)
+            blocks.append_blocks(pieces, _dense(tensors[place], dtype, numel), self._norm_type)
         pieces += [_norm_of(tensors[place], numel, self._norm_type) for place, numel in self._others]
-        return rows.hypotenuse(pieces) if self._few else rows.joined(pieces, self._norm_type).item()
+        return blocks.hypotenuse(pieces) if self._few else blocks.joined(pieces, self._norm_type).item()
 
     def each(self, tensors: Tensors) -> Tensor:
         """The norm of each gradient, `(len(tensors),)`, float64, 0 for absent ones; errors as of `joint`."""
         pieces: list[Tensor] = []
         for batch in self._batches:
-            pieces.append(rows.row_norms(batch.gathered(tensors), self._norm_type).double())
-        of_rows: list[list[Tensor]] = []
+            pieces.append(blocks.row_norms(batch.gathered(tensors), self._norm_type).double())
+        of_large: list[list[Tensor]] = []
         for place, dtype, numel in self._large:
-            of_rows.append([])
-            rows.append_rows(of_rows[-1], _dense(tensors[place], dtype, numel), self._norm_type)
-        if of_rows:
-            pieces.append(rows.all_joined(of_rows, self._norm_type))
+            of_large.append([])
+            blocks.append_blocks(of_large[-1], _dense(tensors[place], dtype, numel), self._norm_type)
+        if of_large:
+            pieces.append(blocks.all_joined(of_large, self._norm_type))
         pieces += [_norm_of(tensors[place], numel, self._norm_type) for place, numel in self._others]
         result = torch.zeros(self._length, dtype=torch.float64, device="cpu")
         if not pieces:
@@ -208,7 +208,7 @@ def _norm_of(tensor: Tensor | None, numel: int, norm_type: float) -> Tensor:
     value = norms.dense_values(tensor)
     if value.dtype in REAL:
         pieces: list[Tensor] = []
-        rows.append_rows(pieces, value.reshape(-1), norm_type)
-        return rows.joined(pieces, norm_type).view(1)
+        blocks.append_blocks(pieces, value.reshape(-1), norm_type)
+        return blocks.joined(pieces, norm_type).view(1)
     magnitudes = value.abs() if value.numel() else torch.zeros(1, device="cpu")
     return norms.vector_norm(magnitudes, norm_type, dtype=torch.float64).view(1)

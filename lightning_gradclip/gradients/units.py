@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import norms
+from lightning_gradclip.gradients.blocks import Batch, OutdatedError, batches_of_one_shape, row_norms
 from lightning_gradclip.gradients.norms import CPU, SMALL, UNIT, Tensors
-from lightning_gradclip.gradients.rows import Batch, OutdatedError, batches_of_one_shape, row_norms
 from lightning_gradclip.select.scopes import Units
 
 

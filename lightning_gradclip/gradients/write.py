@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms
 from lightning_gradclip.gradients.entries import stored_bounds
-from lightning_gradclip.gradients.norms import BLOCK, FEW, MANY
+from lightning_gradclip.gradients.norms import CHUNK, FEW, MANY
 from lightning_gradclip.select import layout
 
 _dtype_of = attrgetter("dtype")
@@ -224,14 +224,14 @@ def _are_few(units: Tensor, of: int, values: Tensor) -> bool:
 
 def _scale_converted_(values: Tensor, factors: Tensor) -> None:
     """Multiply slices in the dtype of their factors: torch's product of bfloat16 and a column is four times slower."""
-    size = max(1, BLOCK * len(values) // max(1, values.numel()))
+    size = max(1, CHUNK * len(values) // max(1, values.numel()))
     for some, by in zip(values.split(size), factors.split(size), strict=True):
         some.copy_(some.to(by.dtype).mul_(by))
 
 
 def _scale_some_(values: Tensor, slices: Tensor, factors: Tensor) -> None:
     """Multiply these slices of a large gradient by way of a copy that stays in the cache."""
-    for some in slices.split(max(1, BLOCK * len(values) // values.numel())):
+    for some in slices.split(max(1, CHUNK * len(values) // values.numel())):
         values.index_copy_(0, some, values.index_select(0, some).mul_(factors[some]))
 
 

@@ -1,12 +1,12 @@
-"""What one call reads: small tensors copied together, and the entries of large ones as rows.
+"""What one call reads: small tensors copied together, and the entries of large ones in blocks.
 
 A float32 sum over 1e8 entries reads 1 % low, while sums of 512, even of equal entries, whose rounding errors all agree,
-stay within 1e-6. So memory is read as rows, which torch computes on all threads, and norms of rows are joined in
-float64.
+stay within 1e-6. So memory is read as rows of a matrix, one a block, which torch computes on all threads, and
+their norms are joined in float64.
 
 torch has vectorised kernels for norms of float32, float64 and bfloat16 in their own dtype only. A bfloat16 result has
 three digits, so that smaller half tensors are converted first, which costs two to three times the reading. From 2**20
-entries on bfloat16 rows are taken as they are: where many rows count, their errors average out. That leaves 5e-5 of
+entries on bfloat16 blocks are taken as they are: where many count, their errors average out. That leaves 5e-5 of
 normally distributed entries at 2**20, 1e-5 at 2**22, and 5e-4 where a few large entries make up the norm; where all
 entries are equal nothing averages out, and up to 4e-3 remains, as of the bfloat16 norm that torch gives.
 """
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms
-from lightning_gradclip.gradients.norms import ALIKE, BLOCK, MANY_ROWS, ROW, Tensors, vector_norm
+from lightning_gradclip.gradients.norms import ALIKE, BLOCK, CHUNK, MANY_BLOCKS, Tensors, vector_norm
 
-# Dtypes that are read by rows.
+# Dtypes that are read in blocks.
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Kind = tuple[torch.device, torch.dtype, torch.Size | None]
@@ -93,12 +93,12 @@ class Batch:
 
 
 def batches_of_one_shape(tensors: Tensors, places: Iterable[int]) -> list[Batch]:
-    """Small tensors on CPU of any shapes, in batches of no more than a block of tensors of one shape."""
+    """Small tensors on CPU of any shapes, in batches of no more than a chunk of tensors of one shape."""
     kinds = by_kind(tensors, places, by_shape=True)
     return [
         Batch(some, dtype, count, shape)
         for (_, dtype, shape), alike in kinds.items()
-        for some, count in _in_blocks(tensors, alike)
+        for some, count in _in_chunks(tensors, alike)
     ]
 
 
@@ -114,28 +114,28 @@ def batches_thrown_together(tensors: Tensors, places: Iterable[int]) -> list[Bat
         if shape is None or len(some) < ALIKE:  # torch does not concatenate 0-d tensors
             rest += some
         else:
-            batches += (Batch(block, dtype, count, None) for block, count in _in_blocks(tensors, some))
+            batches += (Batch(chunk, dtype, count, None) for chunk, count in _in_chunks(tensors, some))
     for (_, dtype, _), some in by_kind(tensors, rest).items():
-        batches += (Batch(block, dtype, count, None, alike=False) for block, count in _in_blocks(tensors, some))
+        batches += (Batch(chunk, dtype, count, None, alike=False) for chunk, count in _in_chunks(tensors, some))
     return batches
 
 
-def _in_blocks(tensors: Tensors, places: Iterable[int]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """The places in blocks that are copied at once, and how many entries each block has."""
-    block: list[int] = []
+def _in_chunks(tensors: Tensors, places: Iterable[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The places in chunks that are copied at once, and how many entries each chunk has."""
+    chunk: list[int] = []
     entries = 0
     for place in places:
         numel = 0 if (tensor := tensors[place]) is None else tensor.numel()
-        if block and entries + numel > BLOCK:
-            yield tuple(block), entries
-            block, entries = [], 0
-        block.append(place)
+        if chunk and entries + numel > CHUNK:
+            yield tuple(chunk), entries
+            chunk, entries = [], 0
+        chunk.append(place)
         entries += numel
-    if block:
-        yield tuple(block), entries
+    if chunk:
+        yield tuple(chunk), entries
 
 
-def row_norms(matrix: Tensor, norm_type: float, longest: int = ROW, *, widen: bool = True) -> Tensor:
+def row_norms(matrix: Tensor, norm_type: float, longest: int = BLOCK, *, widen: bool = True) -> Tensor:
     """The norm of each row of a matrix `(k, n)`, `(k,)`, summed in float32 or wider.
 
     Up to `longest` entries go into one sum where torch has a vectorised kernel for it. The norms of longer rows are
@@ -147,17 +147,17 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = ROW, *, widen: bo
         return torch.zeros(len(matrix), dtype=wide or matrix.dtype, device=matrix.device)
     if wide is torch.float32 and matrix.is_cpu:
         # Given another dtype to sum in, torch would convert all entries at once.
-        blocks = matrix.split(max(1, BLOCK // columns))
-        return torch.cat([row_norms(block.float(), norm_type, widen=widen) for block in blocks])
+        chunks = matrix.split(max(1, CHUNK // columns))
+        return torch.cat([row_norms(chunk.float(), norm_type, widen=widen) for chunk in chunks])
     if norm_type == math.inf and not matrix.is_complex():
         # `aminmax` along a dim is twenty times slower.
         return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1))
     # Where torch has no vectorised kernel it sums one entry after the other.
     vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
-    if columns <= (longest if vectorised else ROW):
+    if columns <= (longest if vectorised else BLOCK):
         return torch.linalg.vector_norm(matrix, norm_type, dim=1, dtype=wide)
-    whole = columns // ROW * ROW
-    pieces = vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2, dtype=wide)
+    whole = columns // BLOCK * BLOCK
+    pieces = vector_norm(matrix[:, :whole].unflatten(1, (-1, BLOCK)), norm_type, dim=2, dtype=wide)
     if whole < columns:
         rest = vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)
         pieces = torch.cat((pieces, rest[:, None]), dim=1)
@@ -165,7 +165,7 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = ROW, *, widen: bo
     return found if widen else found.to(pieces.dtype)
 
 
-def append_rows(pieces: list[Tensor], values: Tensor, norm_type: float) -> None:
+def append_blocks(pieces: list[Tensor], values: Tensor, norm_type: float) -> None:
     """Append norms of pieces of the entries of a contiguous real tensor, 1-d, float32 or wider."""
     numel, dtype = values.numel(), values.dtype
     if numel == 0:
@@ -175,31 +175,31 @@ def append_rows(pieces: list[Tensor], values: Tensor, norm_type: float) -> None:
         pieces.append(torch.maximum(-low, high).double().view(1))
         return
     wide = norms.accumulator(dtype, norm_type)
-    rough = dtype is torch.bfloat16 and wide is torch.float32 and numel >= MANY_ROWS
+    rough = dtype is torch.bfloat16 and wide is torch.float32 and numel >= MANY_BLOCKS
     if wide is not None and wide is not dtype and not rough:
-        for block in values.view(-1).split(BLOCK if wide is torch.float32 else BLOCK // 2):
-            append_rows(pieces, block.to(wide), norm_type)
+        for chunk in values.view(-1).split(CHUNK if wide is torch.float32 else CHUNK // 2):
+            append_blocks(pieces, chunk.to(wide), norm_type)
         return
-    row = row_of(numel)
-    if numel % row:
-        flat, whole = values.view(-1), numel // row * row
+    block = block_of(numel)
+    if numel % block:
+        flat, whole = values.view(-1), numel // block * block
         if whole:
-            append_rows(pieces, flat[:whole], norm_type)
+            append_blocks(pieces, flat[:whole], norm_type)
         pieces.append(vector_norm(flat[whole:], norm_type, dtype=wide).view(1))
         return
-    rows = torch.linalg.vector_norm(values.view(-1, row), norm_type, dim=1)
-    pieces.append(rows.float() if rough else rows)
+    found = torch.linalg.vector_norm(values.view(-1, block), norm_type, dim=1)
+    pieces.append(found.float() if rough else found)
 
 
 @lru_cache(maxsize=4096)
-def row_of(numel: int) -> int:
-    """How many entries to take as a row, so that none are left over, which would cost a call of their own.
+def block_of(numel: int) -> int:
+    """How many entries to take as a block, so that none are left over, which would cost a call of their own.
 
     Where no number of medium size divides `numel`, 512.
     """
-    exact = [row for row in range(ROW, ROW // 2 - 1, -1) if numel % row == 0]
-    # Rows that begin on a line of the cache are a little faster.
-    return next((row for row in exact if row % 16 == 0), exact[0] if exact else ROW)
+    exact = [block for block in range(BLOCK, BLOCK // 2 - 1, -1) if numel % block == 0]
+    # Blocks that begin on a line of the cache are a little faster.
+    return next((block for block in exact if block % 16 == 0), exact[0] if exact else BLOCK)
 
 
 def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
