@@ -131,8 +131,7 @@ class GradientClipping(KnownArguments, Callback):
         conflicts.refuse_unknown(self.optimizer, count)
         self._clippers.expect(count)
         self._publisher = self._publishing(several=several)
-        only, options = self.optimizer, self._options
-        opening = history_opening(trainer, self.history, self.name, options, several=several, only=only)
+        opening = history_opening(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
         norms = self._recorder.state_dict()
         self._recorder = Recorder(self._clippers, opening, histograms=self.histograms and trainer.is_global_zero)
         self._recorder.load_state_dict(norms)
@@ -187,9 +186,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._logs and not trainer.sanity_checking:
             self._publisher.preview(trainer, self._clippers)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._logs:
-            self._publisher.preview(trainer, self._clippers)
+    on_train_epoch_end = on_validation_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._batches and not self._saw_step and not pl_module.automatic_optimization:
@@ -239,7 +236,7 @@ class GradientClipping(KnownArguments, Callback):
         return clipper
 
     def _finish(self, trainer: Trainer) -> None:
-        """Record and log what is left, which is done only once; without a step what a checkpoint held stays as it is."""
+        """Record and log what is left, which is done only once; without a step what a checkpoint held is kept."""
         if not self._clippers:
             return
         norms = self._recorder.take_norms()

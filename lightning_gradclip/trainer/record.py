@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -93,7 +93,7 @@ class Recorder:
                 writer.close()
 
     @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
+    def _giving_up(self) -> Generator[None, None, None]:
         """Go on without histories where one cannot be written: training is worth more."""
         try:
             yield
