@@ -22,7 +22,7 @@ from lightning_gradclip.select.parameters import Selection
 
 
 class Verdict(NamedTuple):
-    """What was measured, once more where entries were replaced; what is to be recorded; what then follows, or raises."""
+    """What was measured, once more where entries were replaced; what to record of it; what then follows, or raises."""
 
     outcome: Outcome
     row: Row | Tensor

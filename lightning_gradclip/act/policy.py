@@ -114,6 +114,7 @@ class Options:
         if checks.flag("fold", self.fold):
             _require_one_coefficient(self.method, policy)
         include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
+        # Frozen for everybody else.
         vars(self).update(policy=policy, include=include, exclude=exclude)
 
 

@@ -80,8 +80,8 @@ class Skips:
         self.in_a_row = self.in_a_row + 1 if self.noted is None else self.count()
         if bounded:
             self._require_few(self.in_a_row, step, reason)
-        speaks, self._warned = warn and not self._warned, True
-        if speaks:
+        first, self._warned = not self._warned, True
+        if first and warn:
             warnings.warn(
                 f"dropped optimizer step {step}: {reason}. Parameters and optimizer state stay as they are; "
                 "further dropped steps are counted, not announced",

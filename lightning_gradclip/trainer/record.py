@@ -116,7 +116,6 @@ def history_opening(
     if history is False or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return None
     folder = _in_logs(trainer, name) if history is True else _named(trainer, history)
-
     settings = {"method": options.method, "action": options.policy.action, "measure_per": options.measure_per}
 
     def opening(index: int, first_step: int) -> HistoryWriter:
