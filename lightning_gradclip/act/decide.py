@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from lightning_gradclip.record.step import Row, amended, dropped, overflowing
 from lightning_gradclip.select.parameters import Selection
 
 
-class Verdict(NamedTuple):
+@dataclass(slots=True)
+class Verdict:
     """What was measured, once more where entries were replaced; what to record of it; what then follows, or raises."""
 
     outcome: Outcome
