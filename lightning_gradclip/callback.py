@@ -15,7 +15,7 @@ from lightning_gradclip.act.policy import REQUIRED, Options
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.trainer import conflicts, deepspeed, lightning
+from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
@@ -82,14 +82,7 @@ class GradientClipping(KnownArguments, Callback):
         fold: bool = False,
     ) -> None:
         self._options = Options(
-            method,
-            action=action,
-            nonfinite=nonfinite,
-            max_consecutive_skips=max_consecutive_skips,
-            include=include,
-            exclude=exclude,
-            measure_per=measure_per,
-            fold=fold,
+            method, action, nonfinite, max_consecutive_skips, include, exclude, measure_per=measure_per, fold=fold
         )
         if optimizer is not None:
             checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
@@ -109,7 +102,6 @@ class GradientClipping(KnownArguments, Callback):
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
         self._handover: Handover | None = None
-        self._saved_norms: dict[int, Any] = {}
         self._last_batch = 0
         self._had_backward = False
         self._begin()
@@ -122,13 +114,11 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        options = self._options
-        conflicts.refuse(trainer, pl_module, self, measure_per=options.measure_per, writes=options.policy.writes)
+        conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
-        self._saved_norms = {}
-        if deepspeed.is_delegated(trainer):
-            self._handover = Handover(trainer, options)
+        if lightning.is_any(trainer.strategy, "DeepSpeedStrategy"):
+            self._handover = Handover(trainer, self._options)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._handover is not None:
@@ -141,15 +131,12 @@ class GradientClipping(KnownArguments, Callback):
         conflicts.refuse_unknown(self.optimizer, count)
         self._clippers.expect(count)
         self._publisher = self._publishing(several=several)
-        options = self._options
-        settings = {"method": self.method, "action": options.policy.action, "measure_per": options.measure_per}
-        opening = history_opening(trainer, self.history, self.name, several=several, only=self.optimizer, **settings)
-        histograms = self.histograms and trainer.is_global_zero
-        self._recorder = Recorder(self._clippers, opening, histograms=histograms)
-        self._recorder.load_state_dict(self._saved_norms)
-        self._saved_norms = {}
+        opening = history_opening(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
+        norms = self._recorder.state_dict()
+        self._recorder = Recorder(self._clippers, opening, histograms=self.histograms and trainer.is_global_zero)
+        self._recorder.load_state_dict(norms)
         if self._handover is not None:
-            self._delegated = self._handover.start(self._recorder.readers(0))
+            self._delegated = Delegated(trainer, self._handover.limit, self._recorder.readers(0))
             self._clippers.take_up(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -178,7 +165,8 @@ class GradientClipping(KnownArguments, Callback):
         if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
             clipper = self._clipper(trainer, pl_module, optimizer, index)
         self._last_batch = lightning.batches(trainer)
-        clipper.step(scaler, at=self._last_batch, detailed=not clipper.has_details or self._is_looked_at(trainer))
+        detailed = not clipper.has_details or lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
+        clipper.step(scaler, at=self._last_batch, detailed=detailed)
         if clipper.has_news:
             self._recorder.open(index)
 
@@ -187,7 +175,7 @@ class GradientClipping(KnownArguments, Callback):
     ) -> None:
         if self._delegated is not None:
             self._delegated.record(lightning.batches(trainer))
-        if lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(trainer):
+        if lightning.looks_now(trainer, self.log_every_n_steps):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
             if self._logs:
@@ -198,9 +186,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._logs and not trainer.sanity_checking:
             self._publisher.preview(trainer, self._clippers)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._logs:
-            self._publisher.preview(trainer, self._clippers)
+    on_train_epoch_end = on_validation_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._batches and not self._saw_step and not pl_module.automatic_optimization:
@@ -219,32 +205,28 @@ class GradientClipping(KnownArguments, Callback):
             self._recorder.close(device_answers=not lost)
 
     def state_dict(self) -> dict[str, Any]:
-        # Writes what is pending too: a run that resumes here takes the steps after it, and none of those before.
-        norms = {**self._saved_norms, **self._recorder.state_dict()}
+        norms = self._recorder.state_dict()
         return {"clippers": self._clippers.state_dict(), **({"norms": norms} if norms else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._clippers.load_state_dict(state_dict["clippers"])
-        self._saved_norms = dict(state_dict.get("norms", {}))
+        self._recorder.load_state_dict(state_dict.get("norms", {}))
 
     def _begin(self) -> None:
         """Forget the fit before."""
         self._clippers = Clippers()
         self._delegated: Delegated | None = None
         self._publisher = self._publishing(several=False)
-        self._recorder = Recorder(self._clippers, None, histograms=False)
+        # Keeps the norms of a checkpoint until that of the fit takes over.
+        self._recorder = Recorder(self._clippers, None, histograms=True)
         self._saw_step, self._batches = False, 0
 
     def _publishing(self, *, several: bool) -> Publisher:
         return Publisher(self.name, every=self.log_every_n_steps, prog_bar=self.prog_bar, several=several)
 
-    def _is_looked_at(self, trainer: Trainer) -> bool:
-        """Whether anybody looks at the numbers of this step."""
-        return lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(trainer, with_next_step=True)
-
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        model = trainer.strategy.model if lightning.is_fsdp1(trainer.strategy) else pl_module
+        model = trainer.strategy.model if lightning.is_any(trainer.strategy, "FSDPStrategy") else pl_module
         clipper = Clipper.with_options(model or pl_module, optimizer, self._options, self._recorder.readers(index))
         before = self._clippers.get(index)
         if isinstance(before, Clipper):
@@ -254,7 +236,9 @@ class GradientClipping(KnownArguments, Callback):
         return clipper
 
     def _finish(self, trainer: Trainer) -> None:
-        """Record and log what is left, which is done only once."""
+        """Record and log what is left, which is done only once; without a step what a checkpoint held is kept."""
+        if not self._clippers:
+            return
         norms = self._recorder.take_norms()
         self._recorder.close()
         if self._logs:

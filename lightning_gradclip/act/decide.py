@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,13 +23,7 @@ from lightning_gradclip.select.parameters import Selection
 
 @dataclass(slots=True)
 class Verdict:
-    """What was done.
-
-    Attributes:
-        outcome: What was measured, once more where entries were replaced.
-        row: What is to be recorded.
-        then: What is to follow once it is recorded, and may raise.
-    """
+    """What was measured, once more where entries were replaced; what to record of it; what then follows, or raises."""
 
     outcome: Outcome
     row: Row | Tensor
@@ -36,24 +31,13 @@ class Verdict:
 
 
 class Actor:
-    """Acts on the gradients of one optimizer as its policy says.
-
-    Args:
-        policy: What may be done.
-        limiter: Measures once more where entries were replaced, and learns.
-        skips: Counts dropped steps.
-        fold: Takes coefficients instead of the gradients, if any.
-        optimizer: The optimizer that is served, if any.
-    """
+    """Acts as a policy says on the gradients, or where there is a fold by way of its coefficient."""
 
     def __init__(
         self, policy: Policy, limiter: Limiter, skips: Skips, fold: Fold | None, optimizer: Optimizer | None
     ) -> None:
         self._policy, self._writes = policy, policy.writes
-        self._limiter = limiter
-        self._skips = skips
-        self._fold = fold
-        self._optimizer = optimizer
+        self._limiter, self._skips, self._fold, self._optimizer = limiter, skips, fold, optimizer
 
     def serve(self, selection: Selection) -> None:
         """Take over the parameters of this selection."""
@@ -64,11 +48,7 @@ class Actor:
     def act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
         """Guard, write and learn. Only a host row can stop or change what happens next.
 
-        Args:
-            outcome: What was measured.
-            step: Steps taken before this one.
-            scaler: An enabled scaler that steps the optimizer, if any.
-            detailed: Whether to find out what costs passes of its own, where it is measured once more.
+        A scaler is one that is enabled; `detailed` counts where it is measured once more.
         """
         row = outcome.row
         if isinstance(row, Tensor):
@@ -84,7 +64,8 @@ class Actor:
             if scaler is not None and self._optimizer is not None:
                 # A scaler without any gradient to look at refuses to step.
                 scaling.unscale_(scaler, self._optimizer)
-            return self._drop(outcome, row, self._excess, step, scaled=scaler is not None)
+            excess = partial(outcome.excess, self._limiter.scopes)
+            return self._drop(outcome, row, excess, step, scaled=scaler is not None)
         if row.changed:
             self._write(outcome, None, scaled=scaler is not None)
         if self._skips.in_a_row or self._skips.noted is not None:
@@ -110,16 +91,15 @@ class Actor:
     def _mend(self, outcome: Outcome, row: Row, step: int, *, detailed: bool) -> Verdict:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         if self._policy.nonfinite == "raise":
-            return Verdict(outcome, row, self._raising(step))
+            return Verdict(outcome, row, partial(words.fail, step, self._culprits()))
         if self._policy.nonfinite == "skip":
-            reason = "non-finite gradients in "
-            return self._drop(outcome, row, lambda _: reason + self._culprits(), step, scaled=False)
-        params = self._selection.params
-        write.zero_nonfinite_(params)
+            return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step, scaled=False)
+        write.zero_nonfinite_(self._selection.params)
         outcome = self._limiter.judge(self._selection.gradients(), step, on_host=True, detailed=detailed)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
-            return self._drop(outcome, amended(row, finite=0.0), self._excess, step, scaled=False)
+            excess = partial(outcome.excess, self._limiter.scopes)
+            return self._drop(outcome, amended(row, finite=0.0), excess, step, scaled=False)
         if row.changed:
             self._write(outcome, None, scaled=False)
         self._skips.reset()
@@ -131,28 +111,14 @@ class Actor:
         elif self._writes and outcome.change is not None:
             outcome.change.apply(self._selection.params)
 
-    def _excess(self, outcome: Outcome) -> str:
-        return outcome.excess(self._limiter.scopes)
-
-    def _drop(self, outcome: Outcome, row: Row, why: Callable[[Outcome], str], step: int, *, scaled: bool) -> Verdict:
-        reason = why(outcome) if self._skips.speaks(bounded=not scaled) else ""
+    def _drop(self, outcome: Outcome, row: Row, why: Callable[[], str], step: int, *, scaled: bool) -> Verdict:
+        reason = why() if self._skips.speaks(bounded=not scaled) else ""
         write.drop_(self._selection.owned)
-
-        def count() -> None:
-            self._skips.add(step, reason, warn=ranks.is_first_rank(), bounded=not scaled)
-
+        count = partial(self._skips.add, step, reason, warn=ranks.is_first_rank(), bounded=not scaled)
         # Where nobody looks at the norm after clipping, dropped steps do not count as ones that were looked at.
         unknown = row.finite and math.isnan(row.norm_clipped)
         after = math.nan if unknown else 0.0
         return Verdict(outcome, amended(row, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
-
-    def _raising(self, step: int) -> Callable[[], None]:
-        error = words.error(step, self._culprits())
-
-        def raise_it() -> None:
-            raise error
-
-        return raise_it
 
     def _culprits(self) -> str:
         bad = [gradient is not None and not words.is_finite(gradient) for gradient in self._selection.gradients()]

@@ -15,18 +15,9 @@ from torch.optim import Optimizer
 from lightning_gradclip.gradients.write import Change, ScaleAll
 from lightning_gradclip.select.parameters import Selection
 
-_FUSED = "torch.optim.Adam, AdamW, SGD or Adagrad with fused=True"
-
 
 class Fold:
-    """Hands coefficients to one optimizer.
-
-    Args:
-        optimizer: A fused optimizer.
-
-    Raises:
-        ValueError: If there is no optimizer, or it would ignore the coefficient.
-    """
+    """Hands coefficients to one optimizer, and refuses one that would ignore them."""
 
     def __init__(self, optimizer: Optimizer | None) -> None:
         if optimizer is None:
@@ -36,20 +27,14 @@ class Fold:
             )
         # Wrappers such as Fabric's keep attributes to themselves.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
-        self._handed = False
-        self._scaled = False
+        self._handed = self._scaled = False
         self._require_fused()
         self._optimizer.register_step_post_hook(self._take_back)
 
     def require_all(self, selection: Selection) -> None:
-        """Refuse patterns that leave out a parameter: the optimizer would divide its gradient as well.
-
-        Raises:
-            ValueError: If a parameter of the optimizer is not selected.
-        """
+        """Refuse patterns that leave out a parameter: the optimizer would divide its gradient as well."""
         chosen = set(map(id, selection.params))
-        left = sum(id(parameter) not in chosen for parameter in selection.owned)
-        if left:
+        if left := sum(id(parameter) not in chosen for parameter in selection.owned):
             raise ValueError(
                 f"fold=True scales all gradients of the optimizer, but include and exclude leave out {left} of its "
                 f"{len(selection.owned)} parameters; use fold=False, or admit all"
@@ -58,10 +43,8 @@ class Fold:
     def can_leave_out(self, *, alike: bool) -> bool:
         """Whether a step that the optimizer leaves out changes nothing.
 
-        In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it.
-
-        Args:
-            alike: Whether the answer must not depend on which gradients are here, since other ranks have others.
+        In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it. Where
+        the answer must be `alike` on all ranks, it does not depend on which gradients are here.
         """
         for group in self._optimizer.param_groups:
             if not group.get("momentum"):
@@ -72,16 +55,9 @@ class Fold:
         return True
 
     def hand(self, change: Change | None, drops: Tensor | None, *, scaled: bool) -> None:
-        """Have the next step multiply the gradients, and leave itself out.
+        """Have the next step multiply all gradients by one coefficient, if any, and leave itself out if `drops` is 1.
 
-        Args:
-            change: One coefficient for all gradients; None: they stay as they are.
-            drops: 1 to leave out the step, else 0, 0-d; None: it is not left out.
-            scaled: Whether a GradScaler steps the optimizer, which decides by itself what is left out.
-
-        Raises:
-            RuntimeError: If another clipper has handed over a coefficient for the same step.
-            ValueError: If the optimizer is not fused any more.
+        `drops`, 0-d, else 0, does not count where a GradScaler steps the optimizer: it decides by itself.
         """
         self._require_fused()
         if getattr(self._optimizer, "grad_scale", None) is not None:
@@ -94,20 +70,18 @@ class Fold:
         if isinstance(coef, Tensor):
             self._optimizer.grad_scale = coef.reciprocal().to(torch.float32).view(())
         elif coef is not None:
-            self._optimizer.grad_scale = torch.tensor(
-                1.0 / coef if coef else math.inf, dtype=torch.float32, device="cpu"
-            )
+            inverse = 1.0 / coef if coef else math.inf
+            self._optimizer.grad_scale = torch.tensor(inverse, dtype=torch.float32, device="cpu")
         self._handed = True
         if drops is not None and not scaled:
             self._optimizer.found_inf = drops.to(torch.float32)
 
     def withdraw(self) -> None:
         """Take back what the next step would have used, if that is ours."""
-        if not self._handed:
-            return
-        self._handed = False
-        for name in ("grad_scale", "found_inf"):
-            vars(self._optimizer).pop(name, None)
+        if self._handed:
+            self._handed = False
+            for name in ("grad_scale", "found_inf"):
+                vars(self._optimizer).pop(name, None)
 
     def _take_back(self, *_: Any) -> None:
         if self._scaled:
@@ -121,6 +95,6 @@ class Fold:
         supported = getattr(self._optimizer, "_step_supports_amp_scaling", False)
         if not supported or not all(group.get("fused") for group in self._optimizer.param_groups):
             raise ValueError(
-                f"fold=True hands the coefficient to a fused optimizer, but {name} would ignore it; "
-                f"use {_FUSED}, or fold=False, which writes the gradients"
+                f"fold=True hands the coefficient to a fused optimizer, but {name} would ignore it; use "
+                "torch.optim.Adam, AdamW, SGD or Adagrad with fused=True, or fold=False, which writes the gradients"
             )

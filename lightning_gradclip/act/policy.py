@@ -35,30 +35,17 @@ class Policy:
 
     @staticmethod
     def of(
-        method: ClipMethod | None,
-        action: str,
-        nonfinite: str | None,
-        max_consecutive_skips: int | None,
+        method: ClipMethod | None, action: str, nonfinite: str | None, max_consecutive_skips: int | None
     ) -> "Policy":
-        """Check the words together and fill in the default of `nonfinite`.
-
-        Raises:
-            TypeError: If `method` is no clipping method.
-            ValueError: If a word is unknown or two of them contradict each other.
-        """
-        require_method(method)
+        """Check the words together and fill in the default of `nonfinite`."""
+        _require_method(method)
         checks.choice("action", action, ACTIONS)
         observes = method is None or action == "observe"
         if nonfinite is None:
             nonfinite = "ignore" if observes else "skip"
         checks.choice("nonfinite", nonfinite, NONFINITE)
         if max_consecutive_skips is not None:
-            checks.integer(
-                "max_consecutive_skips",
-                max_consecutive_skips,
-                at_least=0,
-                remedy="None sets no bound",
-            )
+            checks.integer("max_consecutive_skips", max_consecutive_skips, at_least=0, remedy="None sets no bound")
         if observes and nonfinite in ("skip", "zero"):
             watched = "method=None" if method is None else "action='observe'"
             raise ValueError(
@@ -82,9 +69,8 @@ class Policy:
     def decides_on_host(self, *, folds: bool, scaled: bool) -> bool:
         """Whether the next thing to do depends on what was measured, so that the host must look at it.
 
-        Args:
-            folds: Whether a fused optimizer can leave out the step by itself.
-            scaled: Whether a GradScaler steps the optimizer, which drops what is not finite, and that only.
+        It `folds` where a fused optimizer can leave out the step by itself, and is `scaled` where a GradScaler steps
+        it, which drops what is not finite, and that only.
         """
         if not folds:
             return self.nonfinite != "ignore" or self.action == "skip"
@@ -93,33 +79,21 @@ class Policy:
         return self.nonfinite in ("raise", "zero")
 
 
-def require_method(method: object) -> None:
-    """Refuse what is no clipping method, with the way to write one."""
+def _require_method(method: object) -> None:
     remedy = "write method=NormClip(max_norm=1.0), or method=None to measure without clipping"
     if isinstance(method, _Required):
         raise TypeError(f"GradientClipping needs a method; {remedy}")
-    if method is None or isinstance(method, ClipMethod):
-        return
     if isinstance(method, type) and issubclass(method, ClipMethod):
         raise TypeError(f"method must be an instance, got the class {method.__name__}; write {method.__name__}()")
-    raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")
+    if method is not None and not isinstance(method, ClipMethod):
+        raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")
 
 
 @dataclass(frozen=True)
 class Options:
     """What a clipper is told to do, checked once: the words of users, whoever they say them to.
 
-    Attributes:
-        method: How to clip; None measures only.
-        action: As given; so are `nonfinite` and `max_consecutive_skips`.
-        include: Patterns over parameter names, admitting parameters; `exclude` takes some out.
-        measure_per: Kind of the scopes whose norms are recorded as well, if any.
-        fold: Whether a fused optimizer is handed the coefficient.
-        policy: What the first four come to.
-
-    Raises:
-        TypeError: If one is of the wrong kind.
-        ValueError: If one is out of range or contradicts another.
+    All are as given, but for the patterns; `policy` is what the first four come to.
     """
 
     method: ClipMethod | None
@@ -134,18 +108,14 @@ class Options:
 
     def __post_init__(self) -> None:
         policy = Policy.of(self.method, self.action, self.nonfinite, self.max_consecutive_skips)
-        remedy = "None measures the method's own scope only"
         if self.measure_per is not None:
+            remedy = "None measures the method's own scope only"
             checks.choice("measure_per", self.measure_per, MEASURES, remedy=remedy)
         if checks.flag("fold", self.fold):
             _require_one_coefficient(self.method, policy)
-        checked = {
-            "policy": policy,
-            "include": checks.patterns("include", self.include),
-            "exclude": checks.patterns("exclude", self.exclude),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
+        # Frozen for everybody else.
+        vars(self).update(policy=policy, include=include, exclude=exclude)
 
 
 def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ def offenders(names: Sequence[str], flags: Sequence[bool]) -> str:
     return f"{listed}{more}" if bad else "no parameter: every entry is finite and their norm overflows"
 
 
-def error(step: int, culprits: str) -> FloatingPointError:
-    """What nonfinite="raise" raises."""
-    return FloatingPointError(
+def fail(step: int, culprits: str) -> NoReturn:
+    """What nonfinite="raise" comes to."""
+    raise FloatingPointError(
         f"non-finite gradients at optimizer step {step} in {culprits}; "
         "lower the learning rate, check the data of this batch, or use nonfinite='skip'"
     )
@@ -62,37 +63,25 @@ class Skips:
         self.noted = in_a_row, torch.maximum(self.noted[1], in_a_row)
 
     def review(self, step: int) -> None:
-        """Look at what was noted, which makes the host wait for the device.
-
-        Raises:
-            FloatingPointError: If more than `most` steps in a row were dropped.
-        """
-        if self.noted is None:
-            return
-        in_a_row, longest = map(int, torch.stack(self.noted).tolist())
-        self.noted, self.in_a_row = None, in_a_row
-        if self.most is not None and longest > self.most:
-            raise self._too_many(longest, step, "not finite or over the limit")
+        """Look at what was noted, which makes the host wait for the device, and raise if it is too many."""
+        if self.noted is not None:
+            self.in_a_row, longest = map(int, torch.stack(self.noted).tolist())
+            self.noted = None
+            self._require_few(longest, step, "not finite or over the limit")
 
     def speaks(self, *, bounded: bool) -> bool:
         """Whether the next `add` says why: finding out costs more than counting."""
         return not self._warned or (bounded and self.most is not None and self.in_a_row >= self.most)
 
     def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
-        """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing.
-
-        Raises:
-            FloatingPointError: If more than `most` steps in a row were dropped.
-        """
+        """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing."""
         if self.noted is not None:
             self.note(torch.ones_like(self.noted[0]))
         self.in_a_row = self.in_a_row + 1 if self.noted is None else self.count()
-        if bounded and self.most is not None and self.in_a_row > self.most:
-            raise self._too_many(self.in_a_row, step, reason)
-        if self._warned:
-            return
-        self._warned = True
-        if warn:
+        if bounded:
+            self._require_few(self.in_a_row, step, reason)
+        first, self._warned = not self._warned, True
+        if first and warn:
             warnings.warn(
                 f"dropped optimizer step {step}: {reason}. Parameters and optimizer state stay as they are; "
                 "further dropped steps are counted, not announced",
@@ -100,9 +89,10 @@ class Skips:
                 stacklevel=2,
             )
 
-    def _too_many(self, count: int, step: int, reason: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"{count} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
-            "training makes no progress. Lower the learning rate, check the data, raise the limit, "
-            f"or raise max_consecutive_skips (now {self.most})"
-        )
+    def _require_few(self, in_a_row: int, step: int, reason: str) -> None:
+        if self.most is not None and in_a_row > self.most:
+            raise FloatingPointError(
+                f"{in_a_row} optimizer steps in a row were dropped, the last at optimizer step {step}: {reason}; "
+                "training makes no progress. Lower the learning rate, check the data, raise the limit, "
+                f"or raise max_consecutive_skips (now {self.most})"
+            )

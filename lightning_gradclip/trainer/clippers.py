@@ -1,6 +1,6 @@
 """One clipper for each optimizer of a fit, and what a checkpoint knows of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -8,30 +8,21 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_gradclip.record.window import Recorded
 
 
-class Clippers(Mapping[int, Recorded]):
+class Clippers(dict[int, Recorded]):
     """Clippers by the index of their optimizer; each comes at the first step of its optimizer.
 
     What a checkpoint holds of an optimizer that has not stepped yet is kept, and saved again.
     """
 
     def __init__(self) -> None:
-        self._live: dict[int, Recorded] = {}
+        super().__init__()
         self._saved: dict[int, Any] = {}
-
-    def __getitem__(self, index: int) -> Recorded:
-        return self._live[index]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._live)
-
-    def __len__(self) -> int:
-        return len(self._live)
 
     def take_up(self, clipper: Recorded, index: int) -> None:
         """Serve the optimizer of this index with this clipper, from where a checkpoint left off."""
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))
-        self._live[index] = clipper
+        self[index] = clipper
 
     def expect(self, count: int) -> None:
         """Drop with a warning what a checkpoint holds of optimizers beyond this many."""
@@ -41,8 +32,9 @@ class Clippers(Mapping[int, Recorded]):
 
     def state_dict(self) -> dict[int, Any]:
         """The states of all, by index."""
-        return {**self._saved, **{index: clipper.state_dict() for index, clipper in self._live.items()}}
+        return {**self._saved, **{index: clipper.state_dict() for index, clipper in self.items()}}
 
     def load_state_dict(self, state: Mapping[int, Any]) -> None:
         """Hand these states to the clippers that come."""
-        self._saved, self._live = dict(state), {}
+        self._saved = dict(state)
+        self.clear()

@@ -5,31 +5,20 @@ from typing import Any, cast
 
 from torch.optim import Optimizer
 
-from lightning_gradclip.trainer.lightning import LightningModule, MisconfigurationException, Trainer, is_any, is_fsdp1
+from lightning_gradclip.act.policy import Options
+from lightning_gradclip.trainer.lightning import LightningModule, MisconfigurationException, Trainer, is_any
 
 # Their precision plugins average the gradients over the ranks only after the hook.
 # By name, so that those of the package pytorch_lightning are known too.
 _UNSUPPORTED = {"XLAStrategy", "XLAFSDPStrategy"}
-_JOINED = ("layer", "parameter", "unit")
 _APART = "shard with FSDP2, in Lightning ModelParallelStrategy"
 
 
-def refuse(trainer: Trainer, module: LightningModule, callback: Any, *, measure_per: str | None, writes: bool) -> None:
-    """Refuse a trainer or other callbacks that a clipping callback would collide with.
-
-    Args:
-        trainer: The trainer, in `setup`.
-        module: What it trains.
-        callback: The callback.
-        measure_per: The scope that it measures besides its method's.
-        writes: Whether it may change gradients.
-
-    Raises:
-        MisconfigurationException: If there is a conflict.
-    """
+def refuse(trainer: Trainer, module: LightningModule, callback: Any, options: Options) -> None:
+    """Refuse, in `setup`, a trainer or other callbacks that a clipping callback would collide with."""
     kind = type(callback).__name__
     clip_val = trainer.gradient_clip_val
-    if clip_val and writes:
+    if clip_val and options.policy.writes:
         raise MisconfigurationException(
             f"both Trainer(gradient_clip_val={clip_val}) and {kind}({callback.method!r}) clip; remove "
             "gradient_clip_val from the Trainer, or watch its clipping with action='observe'"
@@ -39,7 +28,7 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Any, *, measure_
             f"{kind} does not support {type(trainer.strategy).__name__}, under which gradients are averaged over the "
             "ranks only after it has seen them; use Trainer(gradient_clip_val=...)"
         )
-    scopes = {measure_per, None if callback.method is None else callback.method.per}
+    scopes = {options.measure_per, None if options.method is None else options.method.per}
     if lost := _lost_scopes(trainer.strategy, module, scopes):
         raise MisconfigurationException(f"{kind}({callback.method!r}) cannot work: {lost}")
     callbacks = cast("list[Any]", trainer.callbacks)  # type: ignore[attr-defined]
@@ -52,11 +41,7 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Any, *, measure_
 
 
 def refuse_unknown(index: int | None, count: int) -> None:
-    """Refuse to serve an optimizer that the module has not configured.
-
-    Raises:
-        ValueError: If there are some, and none has this index.
-    """
+    """Refuse to serve an optimizer that the module has not configured, if it has configured any."""
     if index is not None and count and index >= count:
         known = "optimizer 0 only" if count == 1 else f"optimizers 0 to {count - 1}"
         raise ValueError(
@@ -66,11 +51,7 @@ def refuse_unknown(index: int | None, count: int) -> None:
 
 
 def refuse_stranger(optimizer: Optimizer, *, writes: bool) -> None:
-    """Refuse to leave the gradients of an optimizer that the trainer does not know as they are.
-
-    Raises:
-        MisconfigurationException: If something is to be written.
-    """
+    """Refuse to leave the gradients of an optimizer that the trainer does not know as they are, if any are written."""
     if writes:
         raise MisconfigurationException(
             f"{type(optimizer).__name__} is stepped but is none of the trainer's optimizers; "
@@ -85,10 +66,11 @@ def _lost_scopes(strategy: Any, module: LightningModule, scopes: Collection[str 
     looks at them before its first step.
     """
     wraps_itself = type(module).configure_model is not LightningModule.configure_model
-    if not is_fsdp1(strategy) or wraps_itself or {"ignored_modules", "ignored_states"} & set(strategy.kwargs):
+    is_fsdp1 = is_any(strategy, "FSDPStrategy")
+    if not is_fsdp1 or wraps_itself or {"ignored_modules", "ignored_states"} & set(strategy.kwargs):
         return None
     name = type(strategy).__name__
-    joined = next((scope for scope in _JOINED if scope in scopes), None)
+    joined = next((scope for scope in ("layer", "parameter", "unit") if scope in scopes), None)
     if not strategy.kwargs.get("use_orig_params") and joined is not None:
         remedy = _APART if joined == "unit" else "set use_orig_params=True, or use per='model' or 'group'"
         reason = f"{name}(use_orig_params=False) joins parameters, so that there is nothing to tell each {joined} by"

@@ -13,7 +13,7 @@ from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.norm import NormClip
 from lightning_gradclip.record.step import Row, amended, overflowing, row_of
 from lightning_gradclip.record.window import Reader, Recorded, Window
-from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer, is_any
+from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer
 
 _KEY = "gradient_clipping"
 # What the engine does as these say, or has no part in.
@@ -27,20 +27,10 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def is_delegated(trainer: Trainer) -> bool:
-    """Whether the trainer's strategy is DeepSpeed."""
-    return is_any(trainer.strategy, "DeepSpeedStrategy")
-
-
 class Handover:
     """Hands the limit to the trainer before its strategy makes DeepSpeed's engine, and takes it back after the fit.
 
-    Args:
-        trainer: The trainer, in `setup`.
-        options: `NormClip` over the whole model with a constant limit, or None to measure only, and the defaults.
-
-    Raises:
-        MisconfigurationException: If the engine cannot do what is asked for, or is told to clip elsewhere too.
+    Refuses what the engine cannot do, and an engine that is told to clip elsewhere too.
     """
 
     def __init__(self, trainer: Trainer, options: Options) -> None:
@@ -48,29 +38,24 @@ class Handover:
         for option, allowed in _ALLOWED.items():
             if getattr(options, option) not in allowed:
                 raise _refusal(f"{option}={getattr(options, option)!r}")
-        self._limit = _limit(options.method)
+        self.limit = _limit(options.method)
         self._had = trainer.gradient_clip_val
-        self._clips = options.action == "clip" and math.isfinite(self._limit)
+        self._clips = options.action == "clip" and math.isfinite(self.limit)
+        config = getattr(trainer.strategy, "config", None)
+        self._config: dict[str, Any] = config if isinstance(config, dict) else {}
         if self._clips:
             self._refuse_theirs(options.method)
             # Read by the strategy when it makes the engine.
-            trainer.gradient_clip_val = self._limit
-
-    def start(self, readers: Iterable[Reader]) -> "Delegated":
-        """What stands in for a clipper, once there is an engine."""
-        return Delegated(self._trainer.strategy.deepspeed_engine, self._limit, readers)  # type: ignore[attr-defined]
+            trainer.gradient_clip_val = self.limit
 
     def take_back(self) -> None:
         """Leave trainer and strategy as they were, so that another fit does not find our limit."""
         if self._clips:
             self._trainer.gradient_clip_val = self._had
-            config = getattr(self._trainer.strategy, "config", None)
-            if isinstance(config, dict):
-                config.pop(_KEY, None)
+            self._config.pop(_KEY, None)
 
     def _refuse_theirs(self, method: ClipMethod | None) -> None:
-        config = getattr(self._trainer.strategy, "config", None)
-        if theirs := config.get(_KEY) if isinstance(config, dict) else None:
+        if theirs := self._config.get(_KEY):
             raise MisconfigurationException(
                 f"both DeepSpeed's configuration ({_KEY}={theirs}) and GradientClipping({method!r}) clip; remove "
                 f"{_KEY} from the configuration, or watch its clipping with GradientClipping(None)"
@@ -78,18 +63,13 @@ class Handover:
 
 
 class Delegated(Recorded):
-    """Stands in for a clipper: records the norms that DeepSpeed's engine measured.
+    """Stands in for a clipper, from before the first batch: records the norms that DeepSpeed's engine measured."""
 
-    Args:
-        engine: DeepSpeed's, before the first batch.
-        limit: What it clips to.
-        readers: Each is told of every step.
-    """
-
-    def __init__(self, engine: Any, limit: float, readers: Iterable[Reader]) -> None:
+    def __init__(self, trainer: Trainer, limit: float, readers: Iterable[Reader]) -> None:
         super().__init__(Window(*readers))
-        self._engine, self._limit = engine, limit
-        self._done, self._dropped = engine.global_steps, engine.skipped_steps
+        self._engine: Any = trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+        self._limit = limit
+        self._done, self._dropped = self._engine.global_steps, self._engine.skipped_steps
 
     def record(self, at: int) -> None:
         """Look at what the engine did in the batch of this number that ends, which may only have accumulated."""
@@ -112,12 +92,13 @@ class Delegated(Recorded):
 
 
 def _limit(method: ClipMethod | None) -> float:
-    if method is None:
-        return math.inf
-    plain = isinstance(method, NormClip) and (method.per, method.norm_type, method.statistic) == ("model", 2.0, "norm")
-    if not isinstance(method, NormClip) or not plain or method.min_norm != 0 or not isinstance(method.max_norm, float):
-        raise _refusal(repr(method))
-    return method.max_norm
+    match method:
+        case None:
+            return math.inf
+        case NormClip(per="model", norm_type=2.0, statistic="norm", min_norm=0.0, max_norm=float(limit)):
+            return limit
+        case _:
+            raise _refusal(repr(method))
 
 
 def _refusal(what: str) -> MisconfigurationException:

@@ -18,29 +18,13 @@ else:
     from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-__all__ = [
-    "Callback",
-    "LightningModule",
-    "Logger",
-    "MisconfigurationException",
-    "TensorBoardLogger",
-    "Trainer",
-    "WandbLogger",
-    "batches",
-    "ends_now",
-    "is_any",
-    "is_fsdp1",
-    "logs_now",
-    "position",
-]
+__all__ = ["Callback", "LightningModule", "Logger", "MisconfigurationException", "TensorBoardLogger", "Trainer"]
+__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "position"]
 
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
     """Index of the optimizer among the trainer's; None if it is none of them."""
-    for index, one in enumerate(trainer.optimizers):
-        if one is optimizer:
-            return index
-    return None
+    return next((index for index, one in enumerate(trainer.optimizers) if one is optimizer), None)
 
 
 def batches(trainer: Trainer) -> int:
@@ -48,17 +32,25 @@ def batches(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
 
 
-def logs_now(trainer: Trainer, every: int | None) -> bool:
-    """Whether Lightning logs after this batch, or with `every` whether its own turn has come; asked at every batch."""
+def looks_now(trainer: Trainer, every: int | None, *, with_next_step: bool = False) -> bool:
+    """Whether a window ends after this batch, since Lightning logs or training ends; asked at every batch and step.
+
+    With `every` one's own turn counts instead of Lightning's; `with_next_step` a step that is still to come.
+    """
+    return _logs_now(trainer, every) or _ends_now(trainer, with_next_step=with_next_step)
+
+
+def _logs_now(trainer: Trainer, every: int | None) -> bool:
     turn = trainer.log_every_n_steps if every is None else every  # type: ignore[attr-defined]
     due = turn and ((batches(trainer) + 1) % turn == 0 or trainer.should_stop)
     if not due and not (every is None and trainer.fast_dev_run):  # type: ignore[attr-defined]
         return False
-    return not (trainer.lightning_module.automatic_optimization and _accumulates(trainer))
+    only_accumulates = trainer.fit_loop._should_accumulate  # pyright: ignore[reportPrivateUsage]
+    return not (trainer.lightning_module.automatic_optimization and only_accumulates())
 
 
-def ends_now(trainer: Trainer, *, with_next_step: bool = False) -> bool:
-    """Whether training ends with this batch, once a step still to come is taken, unless something stops it earlier."""
+def _ends_now(trainer: Trainer, *, with_next_step: bool) -> bool:
+    """Whether training ends with this batch, unless something stops it earlier."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
     if steps != -1 and trainer.global_step + with_next_step >= steps:
         return True
@@ -68,13 +60,3 @@ def ends_now(trainer: Trainer, *, with_next_step: bool = False) -> bool:
 def is_any(strategy: object, *names: str) -> bool:
     """Whether the strategy is of one of these classes; by name, so that those of pytorch_lightning are known too."""
     return not {base.__name__ for base in type(strategy).__mro__}.isdisjoint(names)
-
-
-def is_fsdp1(strategy: object) -> bool:
-    """Whether the strategy wraps the module in FullyShardedDataParallel."""
-    return is_any(strategy, "FSDPStrategy")
-
-
-def _accumulates(trainer: Trainer) -> bool:
-    """Whether this batch only accumulates gradients."""
-    return trainer.fit_loop._should_accumulate()  # pyright: ignore[reportPrivateUsage]

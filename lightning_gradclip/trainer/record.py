@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +13,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_gradclip.act.policy import Options
 from lightning_gradclip.record.history import HistoryError, HistoryFormatError, read_steps
 from lightning_gradclip.record.history_writer import HistoryWriter
 from lightning_gradclip.record.step import Row
-from lightning_gradclip.record.window import Packed, Reader, Recorded
+from lightning_gradclip.record.window import Numbers, Packed, Reader, Recorded
 from lightning_gradclip.trainer.lightning import Callback, MisconfigurationException, Trainer
-from lightning_gradclip.trainer.log import Norms
 
 # Opens the history of an optimizer, given its index and the first step of the fit.
 Opening = Callable[[int, int], HistoryWriter]
@@ -27,18 +27,12 @@ _NORM = Row._fields.index("norm")
 
 
 class Recorder:
-    """Reads the steps of all optimizers of a fit, if anybody wants them.
-
-    Args:
-        clippers: Whose steps, by optimizer.
-        opening: Opens the history of an optimizer at its first step; None: no history is written.
-        histograms: Whether to keep the norms since the last log event, 8 bytes a step.
-    """
+    """Reads the steps of all optimizers of a fit for their histories, if any, and for histograms: 8 bytes a step."""
 
     def __init__(self, clippers: Mapping[int, Recorded], opening: Opening | None, *, histograms: bool) -> None:
         self._clippers, self._opening, self._histograms = clippers, opening, histograms
         self._writers: dict[int, HistoryWriter] = {}
-        self._norms: defaultdict[int, list[Norms]] = defaultdict(list)
+        self._norms: defaultdict[int, list[Numbers]] = defaultdict(list)
         self._first: int | None = None
 
     def begin(self, step: int) -> None:
@@ -52,96 +46,77 @@ class Recorder:
         return (partial(self._take, index),) if wanted else ()
 
     def open(self, index: int) -> None:
-        """Open the history of this optimizer: at its first step, so that a folder that will not do is known at once.
+        """Open the history of this optimizer: at its first step, so that a folder that will not do is known at once."""
+        if self._opening is not None and index not in self._writers:
+            with self._giving_up():
+                self._writers[index] = self._opening(index, self._first or 0)
 
-        Raises:
-            HistoryFormatError: If the folder holds something that this run must not go on with.
-        """
-        if self._opening is None or index in self._writers:
-            return
-        try:
-            self._writers[index] = self._opening(index, self._first or 0)
-        except HistoryError as error:
-            self._give_up(error)
-
-    def flush(self) -> None:
-        """Write what nobody has looked at, in one packed copy from the device for each optimizer."""
-        for clipper in self._clippers.values():
-            clipper.look()
-
-    def take_norms(self) -> dict[int, Norms]:
-        """By optimizer the norms since the last call, `(n,)`, if histograms are wanted."""
-        self.flush()
-        found = {index: np.concatenate(norms) for index, norms in self._norms.items()}
+    def take_norms(self) -> dict[int, Tensor]:
+        """The same as `state_dict`, for a histogram; the next one begins."""
+        found = self.state_dict()
         self._norms.clear()
         return found
 
     def state_dict(self) -> dict[int, Tensor]:
-        """By optimizer the norms since the last log event, if histograms are wanted."""
-        self.flush()
+        """By optimizer the norms since the last log event, `(n,)`, if histograms are wanted.
+
+        Writes what is pending too: a run that resumes here takes the steps after it, and none of those before.
+        """
+        for clipper in self._clippers.values():
+            clipper.look()
         return {index: torch.from_numpy(np.concatenate(norms)) for index, norms in self._norms.items()}
 
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Go on in the middle of a window."""
         if self._histograms:
-            self._norms.update({index: [norms.numpy()] for index, norms in state.items()})
+            self._norms = defaultdict(list, {index: [norms.numpy()] for index, norms in state.items()})
 
     def close(self, *, device_answers: bool = True) -> None:
         """Write the rest, unless it lies on a device that does not answer any more, and close the files."""
         for clipper in self._clippers.values():
             if device_answers or not clipper.is_on_device:
                 clipper.look()
-        writers, self._writers = self._writers, {}
-        for writer in writers.values():
-            try:
-                writer.close()
-            except HistoryError as error:
-                self._give_up(error)
+        self._close_writers()
 
     def _take(self, index: int, packed: Packed) -> None:
         if self._histograms:
             self._norms[index].append(packed.rows[:, _NORM].copy())
         self.open(index)
-        if index not in self._writers:
-            return
-        try:
-            self._writers[index].append(*packed)
-        except HistoryError as error:
-            self._give_up(error)
+        if index in self._writers:
+            with self._giving_up():
+                self._writers[index].append(*packed)
 
-    def _give_up(self, error: HistoryError) -> None:
-        """Go on without the history: training is worth more."""
-        if self._opening is not None:
-            self._opening = None
-            rank_zero_warn(
-                f"{error.strerror}: {error.filename}; training goes on, and its further steps are not recorded"
-            )
+    def _close_writers(self) -> None:
         writers, self._writers = self._writers, {}
         for writer in writers.values():
-            with contextlib.suppress(HistoryError):
+            with self._giving_up():
                 writer.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Generator[None, None, None]:
+        """Go on without histories where one cannot be written: training is worth more."""
+        try:
+            yield
+        except HistoryError as error:
+            if self._opening is not None:
+                self._opening = None
+                rank_zero_warn(
+                    f"{error.strerror}: {error.filename}; training goes on, and its further steps are not recorded"
+                )
+            self._close_writers()
 
 
 def history_opening(
-    trainer: Trainer, history: bool | str, name: str, *, several: bool, only: int | None, **settings: Any
+    trainer: Trainer, history: bool | str, name: str, options: Options, *, several: bool, only: int | None
 ) -> Opening | None:
     """How the histories of a fit are opened; None where none is written: on other ranks, and in a `fast_dev_run`.
 
-    Args:
-        trainer: That fits.
-        history: True, False or a folder.
-        name: The callback's.
-        several: Whether each optimizer has a folder of its own.
-        only: Index of the only optimizer that is served, if that was chosen.
-        settings: What `HistoryWriter` records about the run.
-
-    Raises:
-        MisconfigurationException: If the directory of the logger is not on a file system of this machine, or another
-            callback writes to the same folder.
+    With `several` each optimizer has a folder of its own; else they are of the `only` one that was chosen, if any.
     """
     if history is False or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return None
     folder = _in_logs(trainer, name) if history is True else _named(trainer, history)
+    settings = {"method": options.method, "action": options.policy.action, "measure_per": options.measure_per}
 
     def opening(index: int, first_step: int) -> HistoryWriter:
         place, of = (folder / str(index), index) if several else (folder, only)
