@@ -33,6 +33,7 @@ from timing import Case, Times, calls_within, micros, ratio, shown, table, timed
 import lightning_gradclip
 from lightning_gradclip import GradientClipping, NormClip
 
+HEAD = ["row", "old, us", "new, us", "CPU time, new / old", "least / least", "wall time, new / old"]
 PAIRS = 4
 # Of fits and of processes that start, which take a second, one round in so many.
 SELDOM = 2
@@ -86,15 +87,18 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": str(checkout)}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
-        self._checkout = checkout
 
     def ask(self, question: object) -> None:
         self._process.stdin.write(f"{json.dumps(question)}\n")
         self._process.stdin.flush()
 
     def answer(self) -> Any:
-        """None where it failed, which its own standard error tells about."""
+        """None where a row has ended, or failed, which its own standard error tells about."""
         return json.loads(self._process.stdout.readline() or "null")
+
+    def finish(self) -> None:
+        self.ask(None)
+        self.answer()
 
     def stop(self) -> None:
         self._process.stdin.close()
@@ -102,20 +106,20 @@ class Worker:
 
 
 def serve(checkout: Path, threads: int) -> None:
-    """Answer each row with a number of calls, then each number of calls with the time of one, until told to stop."""
+    """Say that all is imported; then answer each row with a number of calls, and each such number with a time."""
     answers, sys.stdout = sys.stdout, sys.stderr
     found = Path(lightning_gradclip.__file__)
     if not found.is_relative_to(checkout):
-        sys.exit(f"{checkout} holds no lightning_gradclip; {found} was imported")
+        sys.exit(f"{found} was imported in place of the package in {checkout}")
+    print("true", file=answers, flush=True)
     for line in sys.stdin:
         # A child for each row: what it leaves in memory, or a fault, is gone with it.
         if child := os.fork():
-            if os.waitpid(child, 0)[1]:
-                print("null", file=answers, flush=True)
-            continue
-        time_row(json.loads(line), threads, answers)
-        answers.flush()
-        os._exit(0)
+            os.waitpid(child, 0)
+            print("null", file=answers, flush=True)
+        else:
+            time_row(json.loads(line), threads, answers)
+            return
 
 
 def time_row(row: str, threads: int, answers: TextIO) -> None:
@@ -124,7 +128,7 @@ def time_row(row: str, threads: int, answers: TextIO) -> None:
     torch.set_num_threads(threads)
     sample, calls = rows()[row]()
     print(calls, file=answers, flush=True)
-    while asked := json.loads(sys.stdin.readline()):
+    while asked := json.loads(sys.stdin.readline() or "null"):
         print(json.dumps(sample(asked)), file=answers, flush=True)
 
 
@@ -138,7 +142,7 @@ def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Ti
         if len(calls) == len(workers):
             alternate(workers, times, max(calls.values()), rounds // len(pairs))
         for worker in calls:
-            worker.ask(None)
+            worker.finish()
         if len(calls) < len(workers):
             return None
     return times
@@ -162,7 +166,8 @@ def told(new: Sequence[float], old: Sequence[float]) -> str:
 
 
 def cells(old: Times, new: Times) -> list[str]:
-    return [micros(old.cpu), micros(new.cpu), told(new.cpu, old.cpu), told(new.wall, old.wall)]
+    least = f"{min(new.cpu) / min(old.cpu):.2f}"
+    return [micros(old.cpu), micros(new.cpu), told(new.cpu, old.cpu), least, told(new.wall, old.wall)]
 
 
 def commit(checkout: Path) -> str:
@@ -184,17 +189,23 @@ def main() -> None:
     checkouts = [given.old.resolve(), given.new.resolve()]
     if given.serve:
         return serve(checkouts[0], given.threads)
+    for checkout in checkouts:
+        if not (checkout / "lightning_gradclip").is_dir():
+            parser.error(f"{checkout} is no checkout: it holds no folder lightning_gradclip")
     names = [name for name in rows() if re.search(given.only, name)]
     if not names:
         parser.error(f"no row matches {given.only!r}; there are: {'; '.join(rows())}")
     for name, checkout in zip(("old", "new"), checkouts, strict=True):
         print(f"{name}: {checkout} at {commit(checkout)}")
     print(f"threads {given.threads}, rounds {given.rounds}, load {os.getloadavg()[0]:.1f}; quartiles in brackets\n")
-    print(table(["row", "old, us", "new, us", "CPU time, new / old", "wall time, new / old"], []), end="", flush=True)
+    print(table(HEAD, []), end="", flush=True)
     pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(PAIRS)]
+    for worker in chain(*pairs):
+        if not worker.answer():
+            sys.exit("a process has not started; above is why")
     for name in names:
         times = compare(name, pairs, given.rounds // SELDOM if is_seldom(name) else given.rounds)
-        print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', '', '', ''])])} |", flush=True)
+        print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', *[''] * 4])])} |", flush=True)
     for worker in chain(*pairs):
         worker.stop()
     return None
