@@ -4,10 +4,10 @@
     python benchmarks/cost/against.py OLD NEW --only 'AGC|ViT' --rounds 100 --threads 2
     python benchmarks/cost/against.py . .                          # what the same code differs from itself
 
-Two processes, one for each checkout, time the same cases in turn, many short rounds: all that is clipped in clip.py,
-fits of a Trainer and FSDP2. The cases are those that lie beside this file, and use public names only. A ratio is taken
-within each round, so that what slows the machine for a while slows both; each time another one begins. Processes differ
-too, by where their memory lies: the rounds are divided among several pairs of them.
+Two processes, one for each checkout, time the same cases in turn, many short rounds: steps of each method, fits of a
+Trainer and FSDP2. The cases are those that lie beside this file, and use public names only. A ratio is taken within
+each round, so that what slows the machine for a while slows both; a word marks it where 1 lies outside the quartiles.
+Where memory lies makes a difference too: there are several pairs of processes, and each case is made several times.
 """
 
 import argparse
@@ -18,23 +18,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import cases
 import sharded
 import torch
-import trainer
 from timing import Case, Times, calls_within, micros, ratio, shown, table, timed
 
 import lightning_gradclip
 from lightning_gradclip import GradientClipping, NormClip
 
 HEAD = ["row", "old, us", "new, us", "CPU time, new / old", "least / least", "wall time, new / old"]
-PAIRS = 4
+# Pairs of processes, and how often the case of a row is made among them.
+PAIRS, MADE = 4, 8
 # Of fits and of processes that start, which take a second, one round in so many.
 SELDOM = 2
 # Given a number of calls, microseconds per call: CPU time and wall time.
@@ -61,6 +62,9 @@ def stepping(make: Callable[[], Case]) -> tuple[Sample, int]:
 
 def fitting(layers: int, **options: Any) -> tuple[Sample, int]:
     """A step in a Trainer: the median of the stretches of a fit."""
+    import trainer  # and with it Lightning, in a second that other rows need not wait
+
+    trainer.quieten()
 
     def sample(calls: int) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +127,7 @@ def serve(checkout: Path, threads: int) -> None:
 
 
 def time_row(row: str, threads: int, answers: TextIO) -> None:
-    trainer.quieten()
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     sample, calls = rows()[row]()
@@ -135,12 +139,13 @@ def time_row(row: str, threads: int, answers: TextIO) -> None:
 def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Times] | None:
     """The times of the old and the new, round by round; None where one of them has no such row."""
     times = [Times(), Times()]
-    for workers in pairs:
+    chunks = min(MADE, rounds)
+    for workers in islice(cycle(pairs), chunks):
         for worker in workers:
             worker.ask(row)
         calls = {worker: found for worker in workers if (found := worker.answer())}
         if len(calls) == len(workers):
-            alternate(workers, times, max(calls.values()), rounds // len(pairs))
+            alternate(workers, times, max(calls.values()), rounds // chunks)
         for worker in calls:
             worker.finish()
         if len(calls) < len(workers):
@@ -150,7 +155,7 @@ def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Ti
 
 def alternate(workers: Sequence[Worker], times: Sequence[Times], calls: int, rounds: int) -> None:
     turns = list(zip(workers, times, strict=True))
-    for _ in range(max(1, rounds)):
+    for _ in range(rounds):
         for worker, one in turns:
             worker.ask(calls)
             one.add(*worker.answer())
@@ -199,12 +204,12 @@ def main() -> None:
         print(f"{name}: {checkout} at {commit(checkout)}")
     print(f"threads {given.threads}, rounds {given.rounds}, load {os.getloadavg()[0]:.1f}; quartiles in brackets\n")
     print(table(HEAD, []), end="", flush=True)
-    pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(PAIRS)]
+    pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(min(PAIRS, given.rounds))]
     for worker in chain(*pairs):
         if not worker.answer():
             sys.exit("a process has not started; above is why")
     for name in names:
-        times = compare(name, pairs, given.rounds // SELDOM if is_seldom(name) else given.rounds)
+        times = compare(name, pairs, max(1, given.rounds // SELDOM) if is_seldom(name) else given.rounds)
         print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', *[''] * 4])])} |", flush=True)
     for worker in chain(*pairs):
         worker.stop()
