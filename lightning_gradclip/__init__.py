@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lightning_gradclip.methods.sigma import SigmaClip as SigmaClip
     from lightning_gradclip.methods.value import ValueClip as ValueClip
     from lightning_gradclip.methods.zclip import ZClip as ZClip
+    from lightning_gradclip.record.history import History as History
+    from lightning_gradclip.record.history_writer import HistoryWriter as HistoryWriter
+    from lightning_gradclip.record.step import Row as Row
     from lightning_gradclip.record.step import StepStats as StepStats
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.

@@ -10,19 +10,17 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_gradclip import checks
-from lightning_gradclip.act import scaler as amp
-from lightning_gradclip.act.policy import REQUIRED, Policy, check_options
+from lightning_gradclip.act import scaler as scaling
+from lightning_gradclip.act.policy import REQUIRED, Options
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.trainer import conflicts, progress, strategy
-from lightning_gradclip.trainer import deepspeed as delegated
+from lightning_gradclip.trainer import conflicts, deepspeed, lightning
 from lightning_gradclip.trainer.clippers import Clippers
-from lightning_gradclip.trainer.deepspeed import Delegated
-from lightning_gradclip.trainer.history_place import history_opening
+from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
-from lightning_gradclip.trainer.record import Recorder
+from lightning_gradclip.trainer.record import Recorder, history_opening
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -83,8 +81,16 @@ class GradientClipping(KnownArguments, Callback):
         histograms: bool = False,
         fold: bool = False,
     ) -> None:
-        self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
-        check_options(method, action, measure_per=measure_per, fold=fold)
+        self._options = Options(
+            method,
+            action=action,
+            nonfinite=nonfinite,
+            max_consecutive_skips=max_consecutive_skips,
+            include=include,
+            exclude=exclude,
+            measure_per=measure_per,
+            fold=fold,
+        )
         if optimizer is not None:
             checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
         if log_every_n_steps is not None:
@@ -102,23 +108,11 @@ class GradientClipping(KnownArguments, Callback):
         self.histograms = checks.flag("histograms", histograms)
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
-        self._options: dict[str, Any] = {
-            "action": action,
-            "nonfinite": nonfinite,
-            "max_consecutive_skips": max_consecutive_skips,
-            "include": checks.patterns("include", include),
-            "exclude": checks.patterns("exclude", exclude),
-            "measure_per": measure_per,
-            "fold": fold,
-        }
-        self._clippers = Clippers()
-        self._delegated: Delegated | None = None
+        self._handover: Handover | None = None
         self._saved_norms: dict[int, Any] = {}
-        self._publisher = Publisher(name, every=log_every_n_steps, prog_bar=prog_bar)
-        self._recorder = Recorder(None, histograms=False)
         self._last_batch = 0
         self._had_backward = False
-        self._saw_step, self._batches = False, 0
+        self._begin()
 
     # Lightning asks for it at every hook of every batch.
     @cached_property
@@ -128,40 +122,40 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        measure_per, writes = self._options["measure_per"], self._policy.writes
-        conflicts.refuse(trainer, pl_module, self, measure_per=measure_per, writes=writes)
+        options = self._options
+        conflicts.refuse(trainer, pl_module, self, measure_per=options.measure_per, writes=options.policy.writes)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
-        self._clippers, self._saved_norms = Clippers(), {}
-        self._saw_step, self._batches = False, 0
-        self._recorder = Recorder(None, histograms=False)
-        if delegated.is_delegated(trainer):
-            self._delegated = Delegated(trainer, self.method, self._options)
+        self._begin()
+        self._saved_norms = {}
+        if deepspeed.is_delegated(trainer):
+            self._handover = Handover(trainer, options)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._delegated is not None:
-            self._delegated.take_back()
-            self._delegated = None
+        if self._handover is not None:
+            self._handover.take_back()
+            self._handover = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
         several = count > 1 and self.optimizer is None
         conflicts.refuse_unknown(self.optimizer, count)
         self._clippers.expect(count)
-        self._publisher.several = several
-        settings = {"method": self.method, "action": self._policy.action, "measure_per": self._options["measure_per"]}
+        self._publisher = self._publishing(several=several)
+        options = self._options
+        settings = {"method": self.method, "action": options.policy.action, "measure_per": options.measure_per}
         opening = history_opening(trainer, self.history, self.name, several=several, only=self.optimizer, **settings)
-        self._recorder = Recorder(opening, histograms=self.histograms and trainer.is_global_zero)
+        histograms = self.histograms and trainer.is_global_zero
+        self._recorder = Recorder(self._clippers, opening, histograms=histograms)
         self._recorder.load_state_dict(self._saved_norms)
         self._saved_norms = {}
-        if self._delegated is not None:
-            self._delegated.start()
+        if self._handover is not None:
+            self._delegated = self._handover.start(self._recorder.readers(0))
             self._clippers.take_up(self._delegated, 0)
-            self._recorder.listen_to(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
         self._batches += 1
-        self._recorder.begin_batch(progress.batches(trainer))
+        self._recorder.begin(lightning.batches(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._had_backward = True
@@ -170,38 +164,34 @@ class GradientClipping(KnownArguments, Callback):
         self._saw_step = True
         if self._delegated is not None:
             return
-        index = progress.position(trainer, optimizer)
+        index = lightning.position(trainer, optimizer)
         if index is None:
-            conflicts.refuse_stranger(optimizer, writes=self._policy.writes)
+            conflicts.refuse_stranger(optimizer, writes=self._options.policy.writes)
             return
         if self.optimizer is not None and index != self.optimizer:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if amp.is_enabled(scaler) and pl_module.automatic_optimization and not self._had_backward:
+        if scaling.is_enabled(scaler) and pl_module.automatic_optimization and not self._had_backward:
             # training_step returned None: under a scaler Lightning neither unscales nor steps.
             return
         clipper = self._clippers.get(index)
         if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
-            clipper = self._clipper(trainer, pl_module, optimizer, clipper)
-            self._clippers.take_up(clipper, index)
-            self._recorder.listen_to(clipper, index)
-        self._last_batch = progress.batches(trainer)
-        if clipper.has_details:
-            clipper.detailed = progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(
-                trainer, with_next_step=True
-            )
-        clipper.step(scaler)
+            clipper = self._clipper(trainer, pl_module, optimizer, index)
+        self._last_batch = lightning.batches(trainer)
+        clipper.step(scaler, at=self._last_batch, detailed=not clipper.has_details or self._is_looked_at(trainer))
+        if clipper.has_news:
+            self._recorder.open(index)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._delegated is not None:
-            self._delegated.record()
-        if progress.logs_now(trainer, self.log_every_n_steps) or progress.ends_now(trainer):
+            self._delegated.record(lightning.batches(trainer))
+        if lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(trainer):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
             if self._logs:
-                self._publisher.publish(trainer, self._clippers, progress.batches(trainer), norms)
+                self._publisher.publish(trainer, self._clippers, lightning.batches(trainer), norms)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
@@ -237,15 +227,30 @@ class GradientClipping(KnownArguments, Callback):
         self._clippers.load_state_dict(state_dict["clippers"])
         self._saved_norms = dict(state_dict.get("norms", {}))
 
-    def _clipper(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, before: Clipper | Delegated | None
-    ) -> Clipper:
+    def _begin(self) -> None:
+        """Forget the fit before."""
+        self._clippers = Clippers()
+        self._delegated: Delegated | None = None
+        self._publisher = self._publishing(several=False)
+        self._recorder = Recorder(self._clippers, None, histograms=False)
+        self._saw_step, self._batches = False, 0
+
+    def _publishing(self, *, several: bool) -> Publisher:
+        return Publisher(self.name, every=self.log_every_n_steps, prog_bar=self.prog_bar, several=several)
+
+    def _is_looked_at(self, trainer: Trainer) -> bool:
+        """Whether anybody looks at the numbers of this step."""
+        return lightning.logs_now(trainer, self.log_every_n_steps) or lightning.ends_now(trainer, with_next_step=True)
+
+    def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         # The root of FSDP is a wrapper around the module.
-        model = trainer.strategy.model if strategy.is_fsdp1(trainer.strategy) else pl_module
-        clipper = Clipper(model or pl_module, self.method, optimizer=optimizer, **self._options)
+        model = trainer.strategy.model if lightning.is_fsdp1(trainer.strategy) else pl_module
+        clipper = Clipper.with_options(model or pl_module, optimizer, self._options, self._recorder.readers(index))
+        before = self._clippers.get(index)
         if isinstance(before, Clipper):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.
             clipper.follow(before)
+        self._clippers.take_up(clipper, index)
         return clipper
 
     def _finish(self, trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
 """The pipeline without a framework: select, measure, reduce, guard, limit, act, record."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,27 +9,25 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradclip import checks
-from lightning_gradclip.act import scaler as amp
+from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
-from lightning_gradclip.act.policy import Policy, check_options
+from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
-from lightning_gradclip.gradients import ranks as reduce
-from lightning_gradclip.limit.entries import ElementLimiter
-from lightning_gradclip.limit.limiter import Limiter
-from lightning_gradclip.limit.single import SingleLimiter
+from lightning_gradclip.gradients import ranks, write
+from lightning_gradclip.limit.entries import EntryLimiter
+from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
 from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.record.step import StepStats
-from lightning_gradclip.record.window import Window
+from lightning_gradclip.record.window import Reader, Recorded, Window
 from lightning_gradclip.select.parameters import Names, Selection
 
 # What is smaller than a parameter is measured and written in its own way.
-_LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": ElementLimiter}
+_LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": EntryLimiter}
 
 
-class Clipper:
+class Clipper(Recorded):
     """Clips the gradients of one optimizer and keeps statistics, in any training loop.
 
     Args:
@@ -71,26 +69,49 @@ class Clipper:
         measure_per: str | None = None,
         fold: bool = False,
     ) -> None:
-        self._policy = Policy.of(method, action, nonfinite, max_consecutive_skips)
-        check_options(method, self._policy.action, measure_per=measure_per, fold=fold)
-        own = Unlimited() if method is None else copy.deepcopy(method)
-        kind = _LIMITERS.get(own.per, Limiter)
-        if own.takes_floats and own.per == "model":
-            kind = SingleLimiter
-        self._limiter = kind(own, measure_per, on_host=self._policy.decides_on_host(folds=fold, scaled=False))
-        self._optimizer = optimizer
-        self._names = Names(
-            named_parameters,
-            checks.patterns("include", include),
-            checks.patterns("exclude", exclude),
+        options = Options(
+            method,
+            action,
+            nonfinite,
+            max_consecutive_skips,
+            include=include,
+            exclude=exclude,
+            measure_per=measure_per,
+            fold=fold,
         )
-        self._fold = Fold(optimizer) if fold else None
-        self._steps = 0
-        self._window = Window()
-        # Told of every recorded step, also of one that then raises.
-        self.listener: Callable[[StepStats], None] | None = None
+        self._serve(named_parameters, optimizer, options, ())
+
+    @classmethod
+    def with_options(
+        cls,
+        named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
+        optimizer: Optimizer | None,
+        options: Options,
+        readers: Iterable[Reader] = (),
+    ) -> "Clipper":
+        """A clipper with options that are checked already, whose steps go to some readers too."""
+        clipper = cls.__new__(cls)
+        clipper._serve(named_parameters, optimizer, options, readers)
+        return clipper
+
+    def _serve(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
+        optimizer: Optimizer | None,
+        options: Options,
+        readers: Iterable[Reader],
+    ) -> None:
+        super().__init__(Window(*readers))
+        own = Unlimited() if options.method is None else copy.deepcopy(options.method)
+        self._policy, self._optimizer = options.policy, optimizer
+        self._writes = self._policy.writes
+        self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
+        self._limiter = _LIMITERS.get(own.per, ScopeLimiter)(own, options.measure_per)
+        self._names = Names(named_parameters, options.include, options.exclude)
+        self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
+        self.detailed = True
         self._select()
 
     @property
@@ -98,12 +119,16 @@ class Clipper:
         """The optimizer that is served."""
         return self._optimizer
 
-    def step(self, scaler: GradScaler | None = None) -> StepStats:
+    def step(
+        self, scaler: GradScaler | None = None, *, at: int | None = None, detailed: bool | None = None
+    ) -> StepStats:
         """Clip once; call it between `loss.backward()` and `optimizer.step()`.
 
         Args:
             scaler: The GradScaler that scaled the loss, if any. Gradients that it has not unscaled yet are unscaled
                 here, as `scaler.unscale_(optimizer)` does.
+            at: The number of this step in the record; None: the steps that this clipper took before.
+            detailed: Takes the place of the attribute in this step; None: does not.
 
         Returns:
             What was done. A step in which no selected parameter has a gradient changes and records nothing.
@@ -113,31 +138,27 @@ class Clipper:
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
                 `max_consecutive_skips` steps in a row were dropped without a GradScaler.
         """
+        detailed = self.detailed if detailed is None else detailed
         with torch.no_grad():
             if self._selection.is_outdated(self._optimizer):
                 self._select()
-            if not amp.is_enabled(scaler):
+            if scaler is not None and not scaler.is_enabled():
                 scaler = None
-            if self._fold is not None:
-                self._fold.withdraw()
-                folds = scaler is not None or self._fold.can_leave_out(alike=self._reducer is not None)
-                self._limiter.on_host = self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
+            on_host = self._on_host if self._fold is None else self._decides_on_host(self._fold, scaler)
             scale = 1.0 if scaler is None else self._unscale(scaler)
-            gradients = self._selection.gradients(settle=self._policy.writes)
+            if self._writes and self._selection.is_distributed:
+                write.settle_(self._selection.params)
+            gradients = self._selection.gradients()
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None and all(gradient is None for gradient in gradients):
                 return StepStats.of_nothing(self._limiter.scopes)
-            outcome = self._limiter.judge(gradients, self._steps, scale)
+            outcome = self._limiter.judge(gradients, self._steps, scale, on_host=on_host, detailed=detailed)
             if outcome.nothing:
                 return StepStats.of_nothing(self._limiter.scopes)
-            if scaler is not None and self._reducer is not None and self._policy.writes and self._optimizer is not None:
-                amp.agree(scaler, self._optimizer, outcome.finite)
-            verdict = self._actor.act(outcome, self._steps, scaler)
-            self._steps += 1
-            stats = self._record(verdict)
-            if verdict.then is not None:
-                verdict.then()
-            return stats
+            if scaler is not None and self._reducer is not None and self._writes and self._optimizer is not None:
+                scaling.agree(scaler, self._optimizer, outcome.finite)
+            verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed)
+            return self._recorded(verdict, self._steps if at is None else at)
 
     def metrics(self) -> dict[str, float]:
         """The window since the last call, aggregated over all its steps, and cleared.
@@ -150,26 +171,7 @@ class Clipper:
             Without a finite step the norms are left out.
         """
         self._skips.review(self._steps - 1)
-        result = self._window.compute()
-        self._window.clear()
-        return result
-
-    def peek(self) -> dict[str, float]:
-        """`metrics()` without clearing the window."""
-        return self._window.compute()
-
-    @property
-    def detailed(self) -> bool:
-        """Whether to find out at each step what costs passes of its own: how many entries clipping by value changes.
-
-        True from the start. Where a loop looks at one step in many, it may say so: at the others `norm_clipped` of
-        `ValueClip` is NaN, and so is `clipped` if any entry is outside; the means in `metrics` leave them out.
-        """
-        return self._limiter.detailed
-
-    @detailed.setter
-    def detailed(self, value: bool) -> None:
-        self._limiter.detailed = value
+        return super().metrics()
 
     @property
     def has_details(self) -> bool:
@@ -181,18 +183,12 @@ class Clipper:
         """Whether the patterns admit any parameter of the optimizer."""
         return bool(self._selection.params)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether a step was recorded since the last `metrics()`."""
-        return not self._window.is_empty
-
     def state_dict(self) -> dict[str, Any]:
         """Step, counters, open window and learned values; tensors and plain types only, no configuration."""
         return {
-            "step": self._steps,
+            **super().state_dict(),
             "skips_in_a_row": self._skips.count(),
-            "window": self._window.state_dict(),
-            "learned": self._limiter.state_dict(),
+            "learned": self._limiter.learned.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,15 +204,14 @@ class Clipper:
         self._load(other.state_dict(), strict=False)
 
     def _load(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        self._limiter.load_state_dict(state["learned"], strict=strict)
-        self._window.load_state_dict(state["window"])
-        self._steps = state["step"]
+        self._limiter.learned.load_state_dict(state["learned"], strict=strict)
+        super().load_state_dict(state)
         self._skips.resume(state["skips_in_a_row"])
 
     def _select(self) -> None:
         self._selection: Selection = self._names.select(self._optimizer)
         self._actor.serve(self._selection)
-        self._reducer = reduce.reducer_for(self._selection)
+        self._reducer = ranks.reducer_for(self._selection)
         self._limiter.serve(self._selection, self._reducer)
 
     def _unscale(self, scaler: GradScaler) -> float | Tensor:
@@ -228,17 +223,20 @@ class Clipper:
             )
         # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
         folds = self._fold is not None and self._reducer is None
-        if not self._policy.writes or folds:
-            return amp.pending_scale(scaler, self._optimizer)
-        amp.unscale_(scaler, self._optimizer, together=self._reducer is not None)
+        if not self._writes or folds:
+            return scaling.pending_scale(scaler, self._optimizer)
+        scaling.unscale_(scaler, self._optimizer, together=self._reducer is not None)
         return 1.0
 
-    def _record(self, verdict: Verdict) -> StepStats:
+    def _decides_on_host(self, fold: Fold, scaler: GradScaler | None) -> bool:
+        fold.withdraw()
+        folds = scaler is not None or fold.can_leave_out(alike=self._reducer is not None)
+        return self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
+
+    def _recorded(self, verdict: Verdict, at: int) -> StepStats:
         outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
-        self._window.add(row)
-        if places is not None and outcome.measured is not None:
-            self._window.add_scopes(places.names, outcome.measured)
-        stats = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
-        if self.listener is not None:
-            self.listener(stats)
-        return stats
+        self._steps += 1
+        self._window.add(at, row, () if places is None else places.names, outcome.measured)
+        if verdict.then is not None:
+            verdict.then()
+        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)

@@ -5,7 +5,7 @@ test_device.py runs this file; to run a part of it, name it: `pytest tests/on_de
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -52,25 +52,31 @@ class Model:
         method: ClipMethod | None,
         make: Callable[[Any], Optimizer] | None = None,
         dtype: torch.dtype = torch.float32,
+        on_host: Collection[str] = (),
         **options: Any,
     ) -> None:
-        self.device = device
+        self.device, self.on_host = device, on_host
         zeros = {name: torch.full(shape, 0.5, dtype=dtype) for name, shape in SHAPES.items()}
-        self.pairs = [(name, Parameter(self.put(values))) for name, values in zeros.items()]
+        self.pairs = [(name, Parameter(self.place(name, values))) for name, values in zeros.items()]
         params = [parameter for _, parameter in self.pairs]
         self.optimizer = two_groups(self.pairs) if make is None else make(params)
         self.clipper = Clipper(self.pairs, method, optimizer=self.optimizer, **options)
+
+    def place(self, name: str, tensor: Tensor) -> Tensor:
+        """Where the parameter of this name lives."""
+        return tensor.clone() if name in self.on_host else self.put(tensor)
 
     def put(self, tensor: Tensor) -> Tensor:
         return tensor.clone() if self.device is None else self.device.put(tensor)
 
     def get(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if self.device is None else self.device.get(tensor)
+        here = self.device is None or tensor.device.type == "cpu"
+        return tensor.detach().clone() if here else self.device.get(tensor)
 
     def give(self, gradients: Mapping[str, Tensor | None]) -> None:
         for name, parameter in self.pairs:
             gradient = gradients[name]
-            parameter.grad = None if gradient is None else self.put(gradient)
+            parameter.grad = None if gradient is None else self.place(name, gradient)
 
     @pytest.mark.filterwarnings("ignore")
     def step(self, gradients: Mapping[str, Tensor | None], scaler: GradScaler | None = None) -> StepStats:
@@ -180,6 +186,60 @@ class TestFakeDevice:
         assert device.get(x).tolist() == [6.0, 6.0]
 
 
+# The first parameter on the CPU and the second on the device, and the other way round.
+HALVES = [tuple(list(SHAPES)[0::2]), tuple(list(SHAPES)[1::2])]
+
+
+@pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
+class TestTwoDevices:
+    """Parameters on the CPU beside others on a device, in both orders: the first one does not stand for all."""
+
+    @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
+    @pytest.mark.parametrize(("cls", "per", "action"), WITH_ACTIONS)
+    def test_the_results_are_those_of_one(
+        self, device: Device, cls: type[ClipMethod], per: str, action: str, on_host: Collection[str]
+    ) -> None:
+        options = {"action": action, "measure_per": "layer", "max_consecutive_skips": None}
+        model = Model(device, subject(cls, per), on_host=on_host, **options)
+        other = Model(None, subject(cls, per), **options)
+        for seed in range(4):
+            assert_same_step(model, other, mixed(seed))
+        assert_close([model.get(one) for one in model.learned()], other.learned())
+        assert model.clipper.metrics() == pytest.approx(other.clipper.metrics(), rel=1e-6, nan_ok=True)
+
+    @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
+    @pytest.mark.parametrize("nonfinite", ["skip", "zero", "ignore"])
+    @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
+    def test_so_are_those_of_gradients_that_are_not_finite(
+        self, device: Device, cls: type[ClipMethod], per: str, nonfinite: str, on_host: Collection[str]
+    ) -> None:
+        model = Model(device, subject(cls, per), on_host=on_host, nonfinite=nonfinite)
+        other = Model(None, subject(cls, per), nonfinite=nonfinite)
+        for name in ("encoder.weight", "encoder.bias"):
+            assert_same_step(model, other, {**mixed(1), name: torch.full(SHAPES[name], math.nan)})
+
+    @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
+    @pytest.mark.parametrize("absent", ["encoder.weight", "encoder.bias"])
+    @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
+    def test_so_are_those_beside_absent_gradients_of_any_scale(
+        self, device: Device, cls: type[ClipMethod], per: str, absent: str, on_host: Collection[str]
+    ) -> None:
+        model, other = Model(device, subject(cls, per), on_host=on_host), Model(None, subject(cls, per))
+        for scale in (1.0, 1e-25, 1e25):
+            assert_same_step(model, other, {**normal(2, scale), absent: None})
+
+    @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
+    @pytest.mark.parametrize("detailed", [True, False])
+    def test_entries_are_compared_where_they_are(
+        self, device: Device, detailed: bool, on_host: Collection[str]
+    ) -> None:
+        model = Model(device, ValueClip(max_value=0.1), on_host=on_host, nonfinite="ignore")
+        other = Model(None, ValueClip(max_value=0.1), nonfinite="ignore")
+        model.clipper.detailed = other.clipper.detailed = detailed
+        for seed in range(2):
+            assert_same_step(model, other, normal(seed))
+
+
 @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
 class TestWaiting:
     @every_case
@@ -225,7 +285,7 @@ class TestWaiting:
 
     @pytest.mark.parametrize(
         ("options", "copies"),
-        [({}, ["rows"]), ({"measure_per": "parameter"}, ["rows", "norms"]), ({"fold": True}, ["rows", "dropped"])],
+        [({}, ["rows"]), ({"measure_per": "parameter"}, ["rows and norms"]), ({"fold": True}, ["rows", "dropped"])],
     )
     def test_metrics_wait_as_often_however_many_the_steps(
         self, device: Device, options: dict[str, Any], copies: list[str]

@@ -28,7 +28,7 @@ from lightning_gradclip import ClipMethod, Clipper, StepStats, methods
 from lightning_gradclip.act.policy import ACTIONS, NONFINITE
 
 ROOT = Path(__file__).parents[1]
-MODULES = [name for _, name, _ in pkgutil.iter_modules(methods.__path__) if name != "method"]
+EVERY_MODULE = [name for _, name, _ in pkgutil.iter_modules(methods.__path__) if name != "method"]
 
 
 def public_methods(module: str) -> list[type[ClipMethod]]:
@@ -37,6 +37,7 @@ def public_methods(module: str) -> list[type[ClipMethod]]:
     return [one for one in classes if one.__module__.endswith(f".{module}") and not one.__name__.startswith("_")]
 
 
+MODULES = [module for module in EVERY_MODULE if public_methods(module)]
 FOUND = [cls for module in MODULES for cls in public_methods(module)]
 # And one that learns, which third parties may write.
 CLASSES = [*FOUND, RunningMax]
@@ -80,6 +81,11 @@ class TestFiles:
     @pytest.mark.parametrize("module", MODULES)
     def test_a_module_holds_one_public_method(self, module: str) -> None:
         assert len(public_methods(module)) == 1
+
+    @pytest.mark.parametrize("module", [module for module in EVERY_MODULE if module not in MODULES])
+    def test_a_module_without_one_serves_some_rule(self, module: str) -> None:
+        rules = [inspect.getsource(importlib.import_module(f"{methods.__name__}.{name}")) for name in MODULES]
+        assert any(f"methods.{module} import" in rule or f"methods import {module}" in rule for rule in rules)
 
     @pytest.mark.parametrize("cls", FOUND)
     def test_it_has_an_option_for_hydra(self, cls: type[ClipMethod]) -> None:

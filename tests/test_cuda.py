@@ -12,7 +12,8 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_gradclip import ClipMethod, Clipper, NormClip
-from lightning_gradclip.gradients import cuda as early_exit
+from lightning_gradclip.gradients import foreach
+from lightning_gradclip.gradients.norms import LAUNCH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 
@@ -67,7 +68,7 @@ def test_the_host_does_not_wait(cls: type[ClipMethod], per: str) -> None:
 
 def large_gradients(dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:
     """So many entries that the kernel takes them, in whole blocks, in parts of one, and where it cannot."""
-    whole = torch.randn(early_exit.LARGE + 5, device="cuda").to(dtype)
+    whole = torch.randn(LAUNCH + 5, device="cuda").to(dtype)
     gradients = [whole, whole[:1001].clone(), whole.clone()[1:1001], torch.randn(70, 90, device="cuda").to(dtype).t()]
     made = [(f"w{i}", nn.Parameter(torch.zeros_like(one))) for i, one in enumerate(gradients)]
     for (_, parameter), one in zip(made, gradients, strict=True):
@@ -80,14 +81,14 @@ def test_the_kernel_multiplies_as_torch_does(dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     device = torch.device("cuda", torch.cuda.current_device())
-    assert early_exit._kernel(device, dtype) is not None
+    assert foreach._kernel(device, dtype) is not None
     for value in (0.3, 1.0, 0.0, 7.5):
         tensors = [parameter.grad for _, parameter in large_gradients(dtype)]
         coef = torch.tensor(value, dtype=wide, device=device)
         expected = [one * coef for one in tensors]
-        fitting = [one for one in tensors if early_exit._kernel(device, dtype).fits(one)]
+        fitting = [one for one in tensors if foreach._kernel(device, dtype).fits(one)]
         with no_waiting():
-            left = early_exit.multiply_(tensors, coef)
+            left = foreach.left_by_kernel_(tensors, coef)
         assert len(left) + len(fitting) == len(tensors)
         for one in left:
             one.mul_(coef)

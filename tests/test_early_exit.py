@@ -10,7 +10,8 @@ import torch
 from gradients import same_bits
 from torch import Tensor
 
-from lightning_gradclip.gradients import cuda as early_exit
+from lightning_gradclip.gradients import foreach
+from lightning_gradclip.gradients.norms import LAUNCH
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -22,11 +23,11 @@ def kernel() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         # Read when the kernel is defined.
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, "lightning_gradclip.gradients.triton_scale", raising=False)
-        from lightning_gradclip.gradients import triton_scale
+        patch.delitem(sys.modules, "lightning_gradclip.gradients.cuda", raising=False)
+        from lightning_gradclip.gradients import cuda
 
-        yield triton_scale
-    sys.modules.pop("lightning_gradclip.gradients.triton_scale", None)
+        yield cuda
+    sys.modules.pop("lightning_gradclip.gradients.cuda", None)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -48,7 +49,7 @@ def product(values: Tensor, by: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.3, 7.0, 0.0, 1.0, math.nan])
 def test_every_entry_is_multiplied_once(kernel: ModuleType, value: float, dtype: torch.dtype) -> None:
-    block = kernel.BLOCK
+    block = kernel.PROGRAM
     shapes = [(1,), (), (7, 3), (0,), (block - 1,), (block,), (block + 1,), (3, block), (2 * block + 5,)]
     tensors = [drawn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     by = factor(value, dtype)
@@ -62,11 +63,11 @@ def test_every_entry_is_multiplied_once(kernel: ModuleType, value: float, dtype:
 
 
 def test_only_its_own_part_of_a_buffer_is_written(kernel: ModuleType) -> None:
-    buffer = torch.ones(4 * kernel.BLOCK)
-    kernel.scale_([buffer[1024:1029], buffer[2048 : 2048 + kernel.BLOCK]], torch.tensor(0.5))
+    buffer = torch.ones(4 * kernel.PROGRAM)
+    kernel.scale_([buffer[1024:1029], buffer[2048 : 2048 + kernel.PROGRAM]], torch.tensor(0.5))
     assert buffer[1024:1029].tolist() == [0.5] * 5
-    assert buffer[2048 : 2048 + kernel.BLOCK].unique().tolist() == [0.5]
-    assert buffer.sum().item() == 4 * kernel.BLOCK - 0.5 * (5 + kernel.BLOCK)
+    assert buffer[2048 : 2048 + kernel.PROGRAM].unique().tolist() == [0.5]
+    assert buffer.sum().item() == 4 * kernel.PROGRAM - 0.5 * (5 + kernel.BLOCK)
 
 
 def test_a_coefficient_of_1_touches_no_memory(kernel: ModuleType) -> None:
@@ -95,29 +96,29 @@ def test_what_it_is_not_made_for_is_left(kernel: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_it_is_tried_before_it_is_used(kernel: ModuleType, dtype: torch.dtype) -> None:
-    early_exit._kernel.cache_clear()
-    assert early_exit._kernel(CPU, dtype) is kernel
-    early_exit._kernel.cache_clear()
+    foreach._kernel.cache_clear()
+    assert foreach._kernel(CPU, dtype) is kernel
+    foreach._kernel.cache_clear()
 
 
 def test_a_kernel_with_other_numbers_than_torch_is_not_used(kernel: ModuleType) -> None:
-    early_exit._kernel.cache_clear()
+    foreach._kernel.cache_clear()
     with pytest.warns(UserWarning, match="it gives other numbers than torch"):
         # In the interpreter that is so for bfloat16.
-        assert early_exit._kernel(CPU, torch.bfloat16) is None
-    early_exit._kernel.cache_clear()
+        assert foreach._kernel(CPU, torch.bfloat16) is None
+    foreach._kernel.cache_clear()
 
 
 def test_a_kernel_that_cannot_be_built_is_not_used(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     del kernel
-    early_exit._kernel.cache_clear()
-    monkeypatch.setitem(sys.modules, "lightning_gradclip.gradients.triton_scale", None)
+    foreach._kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "lightning_gradclip.gradients.cuda", None)
     with pytest.warns(UserWarning, match=r"cannot be used on cpu \(ModuleNotFoundError.*repair or uninstall triton"):
-        assert early_exit._kernel(CPU, torch.float32) is None
-    early_exit._kernel.cache_clear()
+        assert foreach._kernel(CPU, torch.float32) is None
+    foreach._kernel.cache_clear()
 
 
 def test_tensors_on_other_devices_are_left() -> None:
-    tensors = [torch.ones(early_exit.LARGE), torch.ones(3, dtype=torch.float64)]
-    assert early_exit.multiply_(tensors, torch.tensor(0.5)) == tensors
+    tensors = [torch.ones(LAUNCH), torch.ones(3, dtype=torch.float64)]
+    assert foreach.left_by_kernel_(tensors, torch.tensor(0.5)) == tensors
     assert tensors[0][0].item() == 1.0

@@ -13,9 +13,9 @@ from torch import Tensor
 from work import Work
 
 from lightning_gradclip import AGC, ClipMethod, Clipper, Normalize, NormClip, QuantileClip, ValueClip
-from lightning_gradclip.gradients.plan import SMALL
+from lightning_gradclip.gradients.norms import BLOCK, ROW, SMALL
 from lightning_gradclip.gradients.read import Meter
-from lightning_gradclip.gradients.rows import BLOCK, ROW, row_of
+from lightning_gradclip.gradients.rows import row_of
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

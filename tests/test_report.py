@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_gradclip import GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History
-from lightning_gradclip.report.buckets import bucketed
-from lightning_gradclip.report.curve import what_if
+from lightning_gradclip.report.charts import bucketed
 from lightning_gradclip.report.find import find_runs
 from lightning_gradclip.report.layers import findings, heat, median
 from lightning_gradclip.report.numbers import summarize
 from lightning_gradclip.report.page import page, write_report
+from lightning_gradclip.report.replay import what_if
 from lightning_gradclip.report.run import Run, from_history
 from lightning_gradclip.report.words import number, percent, sentences
 

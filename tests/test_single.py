@@ -25,7 +25,7 @@ from lightning_gradclip import (
     StepStats,
     ZClip,
 )
-from lightning_gradclip.limit.single import SingleLimiter
+from lightning_gradclip.limit.limiter import ScopeLimiter
 from lightning_gradclip.methods.numbers import Number
 
 RULES: Mapping[str, Callable[[], ClipMethod]] = {
@@ -77,8 +77,9 @@ def streams() -> Iterator[Any]:
 def test_a_run_is_the_same_in_floats_and_on_tensors(name: str, rows: Sequence[Sequence[float | None]]) -> None:
     floats = Fed(RULES[name](), size=3, nonfinite="ignore")
     tensors = Fed(on_tensors(RULES[name]()), size=3, nonfinite="ignore")
-    assert isinstance(floats.clipper._limiter, SingleLimiter)
-    assert not isinstance(tensors.clipper._limiter, SingleLimiter)
+    assert isinstance(floats.clipper._limiter, ScopeLimiter)
+    assert floats.clipper._limiter.takes_floats
+    assert not tensors.clipper._limiter.takes_floats
     rel = 1e-12 if name in IN_THE_LAST_DIGIT else 0
     clipped = 0
     for row in rows:
@@ -166,7 +167,7 @@ class TestWhoGetsFloats:
     def test_rules_that_do_not_say_so_and_rules_that_weigh_get_tensors(self, method: ClipMethod) -> None:
         assert not method.takes_floats
         fed = Fed(method, size=3)
-        assert not isinstance(fed.clipper._limiter, SingleLimiter)
+        assert not fed.clipper._limiter.takes_floats
         for norm in (3.0, 4.0, 5.0):
             assert fed.step([norm]).norm.item() == pytest.approx(norm)
 

@@ -39,8 +39,8 @@ def entries(*shape: int, seed: int = 0, spread: float = 0.2) -> Tensor:
 def unit_norms(tensors: Sequence[Tensor | None], units: Units, p: float, *, exact: bool = False) -> Tensor:
     """What a meter says, the same when it has seen the tensors before."""
     meter = UnitMeter(units, p)
-    found = meter.exact(tensors) if exact else meter.norms(tensors)
-    again = meter.exact(tensors) if exact else meter.norms(tensors)
+    found = meter.exact(tensors) if exact else meter.each(tensors)
+    again = meter.exact(tensors) if exact else meter.each(tensors)
     assert torch.equal(found.nan_to_num(-1.0), again.nan_to_num(-1.0))
     return found
 
@@ -115,13 +115,13 @@ class TestUnits:
     def test_another_number_of_units_is_an_error(self, shape: tuple[int, int], others: int) -> None:
         tensors = [entries(*shape) for _ in range(1 + others)]
         meter = UnitMeter(units_of(*tensors), 2.0)
-        meter.norms(tensors)
+        meter.each(tensors)
         turned = [one.t().contiguous() for one in tensors]
         with pytest.raises(RuntimeError, match=re.escape(f"had {shape[0]} units and now has the shape {shape[::-1]}")):
-            meter.norms(turned)
+            meter.each(turned)
         wider = [one.repeat(1, 2) for one in tensors]
         expected = torch.cat([one.norm(dim=1) for one in wider])
-        torch.testing.assert_close(meter.norms(wider), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(meter.each(wider), expected, rtol=1e-6, atol=0)
 
 
 class TestNorms:

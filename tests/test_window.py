@@ -74,7 +74,7 @@ def assert_equal(result: dict[str, float], reference: dict[str, float]) -> None:
 def filled(steps: Iterable[Row | Tensor]) -> Window:
     window = Window()
     for row in steps:
-        window.add(row)
+        window.add(0, row)
     return window
 
 
@@ -127,8 +127,7 @@ def test_float32_rows_of_a_device_without_float64_count_too() -> None:
 def test_the_buffer_is_bounded() -> None:
     window = Window()
     for i in range(5000):
-        window.add(GOOD)
-        window.add_scopes(("a", "b"), torch.tensor([1.0, 2.0], dtype=torch.float64))
+        window.add(i, GOOD, ("a", "b"), torch.tensor([1.0, 2.0], dtype=torch.float64))
         if i % 97 == 0 or i > 4900:
             state = window.state_dict()
             assert len(state["rows"]) < 1024
@@ -141,7 +140,7 @@ def test_clearing_begins_a_new_window_and_keeps_the_counts() -> None:
     assert_equal(window.compute(), expected(steps[:1700], steps[:1700]))
     window.clear()
     for row in steps[1700:]:
-        window.add(row)
+        window.add(0, row)
     assert_equal(window.compute(), expected(steps[1700:], steps))
 
 
@@ -178,7 +177,7 @@ def test_a_window_is_empty_until_a_step_is_recorded() -> None:
     window = Window()
     assert window.is_empty
     for row in (GOOD, BAD, OVERFLOW):
-        window.add(row)
+        window.add(0, row)
         assert not window.is_empty
         window.compute()
         assert not window.is_empty
@@ -195,7 +194,7 @@ class TestScopes:
         matrix[:, 2] = math.nan
         window = Window()
         for row in torch.from_numpy(matrix):
-            window.add_scopes(("a", "b", "c"), row)
+            window.add(0, GOOD, ("a", "b", "c"), row)
         result = window.compute()
         assert {name for name in result if name.startswith("norm/")} == {"norm/a", "norm/b"}
         for column, name in enumerate(("a", "b")):
@@ -205,23 +204,22 @@ class TestScopes:
     def test_scopes_may_join_and_leave_within_a_window(self) -> None:
         window = Window()
         for names, norms in ((("a",), [1.0]), (("a", "b"), [3.0, 5.0]), (("b",), [7.0])):
-            window.add_scopes(names, torch.tensor(norms, dtype=torch.float64))
+            window.add(0, GOOD, names, torch.tensor(norms, dtype=torch.float64))
         result = window.compute()
         assert (result["norm/a"], result["norm/b"]) == (2.0, 6.0)
 
     def test_they_are_cleared(self) -> None:
         window = Window()
-        window.add_scopes(("a",), torch.tensor([1.0], dtype=torch.float64))
+        window.add(0, GOOD, ("a",), torch.tensor([1.0], dtype=torch.float64))
         window.clear()
         assert "norm/a" not in window.compute()
-        window.add_scopes(("a",), torch.tensor([5.0], dtype=torch.float64))
+        window.add(0, GOOD, ("a",), torch.tensor([5.0], dtype=torch.float64))
         assert window.compute()["norm/a"] == 5.0
 
 
 def steps_with_scopes(window: Window, steps: Sequence[Row]) -> None:
     for row in steps:
-        window.add(row)
-        window.add_scopes(("a", "b"), torch.tensor([row.coef, math.nan], dtype=torch.float64))
+        window.add(0, row, ("a", "b"), torch.tensor([row.coef, math.nan], dtype=torch.float64))
 
 
 class TestState:
@@ -317,7 +315,7 @@ def test_every_step_is_counted_once_whatever_happens_in_between(operations: list
             window.load_state_dict(state)
         else:
             for row in steps[end : end + operation]:
-                window.add(row)
+                window.add(0, row)
             end += operation
     assert window.is_empty == (start == end)
     assert_equal(window.compute(), expected(steps[start:end], steps[:end]))

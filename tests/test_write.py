@@ -1,7 +1,7 @@
 """The only writes to gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -29,6 +29,14 @@ def coefs(*values: float) -> list[Tensor]:
     return list(torch.tensor(values, dtype=torch.float64).unbind())
 
 
+def scale_(parameters: Sequence[Parameter], coefs: Sequence[Tensor]) -> None:
+    """Multiply each gradient by its own coefficient, or where all are one all by it."""
+    if coefs and all(one is coefs[0] for one in coefs):
+        write.ScaleAll(coefs[0]).apply(parameters)
+    else:
+        write.Scale(torch.stack(list(coefs)) if coefs else torch.ones(0), range(len(coefs))).apply(parameters)
+
+
 def assert_exact(gradient: Tensor, exact: np.ndarray) -> None:
     """Half gradients to one unit in the last place; others to a few roundings of coefficient and product."""
     if gradient.dtype in (torch.float16, torch.bfloat16):
@@ -44,7 +52,7 @@ def assert_exact(gradient: Tensor, exact: np.ndarray) -> None:
 def test_every_entry_is_multiplied(dtype: torch.dtype, coef: float, shared: bool) -> None:
     parameters = holding(random(5, 3, dtype=dtype), random(40, dtype=dtype, seed=1))
     exact = [reference.array(parameter.grad) * coef for parameter in parameters]
-    write.scale_(parameters, coefs(coef) * 2 if shared else coefs(coef, coef))
+    scale_(parameters, coefs(coef) * 2 if shared else coefs(coef, coef))
     for parameter, expected in zip(parameters, exact, strict=True):
         assert_exact(parameter.grad, expected)
 
@@ -56,14 +64,28 @@ def test_every_entry_is_multiplied(dtype: torch.dtype, coef: float, shared: bool
 def test_a_coefficient_outside_the_range_of_float32_keeps_its_digits(entry: float, coef: float) -> None:
     (parameter,) = holding(torch.full((3,), entry))
     exact = reference.array(parameter.grad) * coef
-    write.scale_([parameter], coefs(coef))
+    scale_([parameter], coefs(coef))
     assert_exact(parameter.grad, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coef", [0.1, 7.3, 1e-7, 0.0])
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_a_number_multiplies_all(dtype: torch.dtype, coef: float, count: int) -> None:
+    parameters = holding(*(random(3, 2, dtype=dtype, seed=i) for i in range(count)), None)
+    exact = [reference.array(parameter.grad) * coef for parameter in parameters[:-1]]
+    versions = [parameter.grad._version for parameter in parameters[:-1]]
+    write.ScaleAll(coef).apply(parameters)
+    for parameter, expected, version in zip(parameters, exact, versions, strict=False):
+        assert_exact(parameter.grad, expected)
+        assert parameter.grad._version > version
+    assert parameters[-1].grad is None
 
 
 def test_float64_gradients_are_scaled_in_float64() -> None:
     parameters = holding(random(9, dtype=torch.float64), random(9))
     exact = reference.array(parameters[0].grad) * 0.1
-    write.scale_(parameters, coefs(0.1) * 2)
+    scale_(parameters, coefs(0.1) * 2)
     np.testing.assert_allclose(reference.array(parameters[0].grad), exact, rtol=1e-15, atol=0)
 
 
@@ -72,7 +94,7 @@ def test_each_parameter_gets_its_own_coefficient_whatever_its_dtype() -> None:
     values = [0.5, 0.25, 2.0, 0.125, 4.0, 0.0625]
     # Powers of two: exact in every dtype.
     expected = [parameter.grad * value for parameter, value in zip(parameters, values, strict=True)]
-    write.scale_(parameters, coefs(*values))
+    scale_(parameters, coefs(*values))
     for parameter, one in zip(parameters, expected, strict=True):
         assert torch.equal(parameter.grad, one)
 
@@ -80,7 +102,7 @@ def test_each_parameter_gets_its_own_coefficient_whatever_its_dtype() -> None:
 def test_scaling_writes_in_place_and_skips_absent_gradients() -> None:
     gradient = torch.tensor([2.0, -4.0])
     parameters = holding(None, gradient, None)
-    write.scale_(parameters, coefs(0.1, 0.5, 0.1))
+    scale_(parameters, coefs(0.1, 0.5, 0.1))
     assert parameters[1].grad is gradient
     assert gradient.tolist() == [1.0, -2.0]
     assert parameters[0].grad is None
@@ -88,16 +110,16 @@ def test_scaling_writes_in_place_and_skips_absent_gradients() -> None:
 
 
 def test_scaling_nothing_does_nothing() -> None:
-    write.scale_([], [])
+    scale_([], [])
     parameters = holding(None, torch.zeros(0, 3))
-    write.scale_(parameters, coefs(0.5, 0.5))
+    scale_(parameters, coefs(0.5, 0.5))
     assert parameters[0].grad is None
     assert parameters[1].grad.shape == (0, 3)
 
 
 def test_a_zero_coefficient_gives_zeros() -> None:
     (parameter,) = holding(random(4))
-    write.scale_([parameter], coefs(0.0))
+    scale_([parameter], coefs(0.0))
     assert parameter.grad.tolist() == [0, 0, 0, 0]
 
 
@@ -119,7 +141,7 @@ def test_layouts_are_kept(layout: str, others: int) -> None:
     parameters = holding(LAYOUTS[layout](), *(random(3, seed=i) for i in range(others)))
     exact = [reference.array(parameter.grad) * 0.3 for parameter in parameters]
     strides = parameters[0].grad.stride()
-    write.scale_(parameters, coefs(*[0.3] * len(parameters)))
+    scale_(parameters, coefs(*[0.3] * len(parameters)))
     assert parameters[0].grad.stride() == strides
     for parameter, expected in zip(parameters, exact, strict=True):
         assert_exact(parameter.grad, expected)
@@ -130,7 +152,7 @@ def test_gradients_that_autograd_leaves_conjugated_are_scaled_and_masked() -> No
     (parameters[0].conj() * parameters[1]).real.sum().backward()
     assert any(parameter.grad.is_conj() for parameter in parameters)
     exact = [reference.array(parameter.grad) * 0.3 for parameter in parameters]
-    write.scale_(parameters, coefs(0.3, 0.3))
+    scale_(parameters, coefs(0.3, 0.3))
     for parameter, expected in zip(parameters, exact, strict=True):
         assert_exact(parameter.grad, expected)
     for parameter in parameters:
@@ -146,7 +168,7 @@ def test_gradients_that_autograd_leaves_conjugated_are_scaled_and_masked() -> No
 def test_only_the_slice_is_written() -> None:
     whole = torch.ones(4, 6)
     (parameter,) = holding(whole[:, ::2])
-    write.scale_([parameter], coefs(0.5))
+    scale_([parameter], coefs(0.5))
     assert whole.tolist() == [[0.5, 1.0] * 3] * 4
 
 
@@ -154,7 +176,7 @@ def test_only_the_slice_is_written() -> None:
 def test_an_expanded_gradient_is_scaled_once(shape: tuple[int, ...]) -> None:
     # What `parameter.grad, = torch.autograd.grad(parameter.sum(), parameter)` leaves: one number in memory.
     (parameter,) = holding(torch.tensor(2.0).expand(shape))
-    write.scale_([parameter], coefs(0.25))
+    scale_([parameter], coefs(0.25))
     assert torch.equal(parameter.grad, torch.full(shape, 0.5))
 
 
@@ -173,7 +195,7 @@ def uncoalesced(*values: list[float]) -> Tensor:
 def test_a_sparse_gradient_is_scaled_as_the_sum_it_stands_for(coalesced: bool) -> None:
     gradient = uncoalesced([1.0, 2.0], [3.0, -4.0], [-5.0, 6.0])
     (parameter,) = holding(gradient.coalesce() if coalesced else gradient)
-    write.scale_([parameter], coefs(0.5))
+    scale_([parameter], coefs(0.5))
     assert parameter.grad.is_sparse
     assert parameter.grad.to_dense().tolist() == [[0, 0], [-2, 4], [0, 0], [0, 0], [1.5, -2], [0, 0]]
 
@@ -183,7 +205,7 @@ def rows(*values: float) -> Tensor:
 
 
 def scale_slices_(parameter: Parameter, factors: Tensor) -> None:
-    write.scale_units_([parameter], [len(factors)], factors)
+    write.ScaleUnits(factors, [len(factors)]).apply([parameter])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -216,7 +238,7 @@ def test_the_slices_of_a_large_gradient_are_those_of_one_product(
     expected = gradient * factors.view(-1, 1, 1, 1)
     (parameter,) = holding(gradient.clone())
     (other,) = holding(random(4, 6))
-    write.scale_units_([other, parameter], [4, 320], torch.cat((torch.ones(4), factors)))
+    write.ScaleUnits(torch.cat((torch.ones(4), factors)), [4, 320]).apply([other, parameter])
     assert same_bits(parameter.grad, expected.to(dtype))
     assert parameter.grad.stride() == gradient.stride()
     assert (parameter.grad._version > 0) == (count > 0)
@@ -254,7 +276,7 @@ def test_coefficients_of_slices_outside_the_range_of_float32_keep_their_digits(
 def test_half_gradients_keep_their_digits_under_coefficients_outside_the_range_of_float32() -> None:
     gradient = (random(4000) * 5e37).bfloat16()
     (parameter,) = holding(gradient.clone())
-    write.scale_([parameter], coefs(4e-40))
+    scale_([parameter], coefs(4e-40))
     assert_exact(parameter.grad, reference.array(gradient) * 4e-40)
 
 

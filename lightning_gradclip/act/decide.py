@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradclip.act import scaler as amp
-from lightning_gradclip.act import skips as nonfinite
+from lightning_gradclip.act import scaler as scaling
+from lightning_gradclip.act import skips as words
 from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Policy
 from lightning_gradclip.act.skips import Skips
-from lightning_gradclip.gradients import ranks as reduce
-from lightning_gradclip.gradients import write
+from lightning_gradclip.gradients import ranks, write
 from lightning_gradclip.limit.limiter import Limiter, Outcome
-from lightning_gradclip.record.step import Row, mark_dropped, mark_overflow
+from lightning_gradclip.record.step import Row, amended, dropped, overflowing
 from lightning_gradclip.select.parameters import Selection
 
 
@@ -41,7 +40,7 @@ class Actor:
 
     Args:
         policy: What may be done.
-        limiter: Writes the gradients and learns.
+        limiter: Measures once more where entries were replaced, and learns.
         skips: Counts dropped steps.
         fold: Takes coefficients instead of the gradients, if any.
         optimizer: The optimizer that is served, if any.
@@ -50,7 +49,7 @@ class Actor:
     def __init__(
         self, policy: Policy, limiter: Limiter, skips: Skips, fold: Fold | None, optimizer: Optimizer | None
     ) -> None:
-        self._policy = policy
+        self._policy, self._writes = policy, policy.writes
         self._limiter = limiter
         self._skips = skips
         self._fold = fold
@@ -62,50 +61,53 @@ class Actor:
         if self._fold is not None:
             self._fold.require_all(selection)
 
-    def act(self, outcome: Outcome, step: int, scaler: GradScaler | None) -> Verdict:
+    def act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
         """Guard, write and learn. Only a host row can stop or change what happens next.
 
         Args:
             outcome: What was measured.
             step: Steps taken before this one.
             scaler: An enabled scaler that steps the optimizer, if any.
+            detailed: Whether to find out what costs passes of its own, where it is measured once more.
         """
         row = outcome.row
         if isinstance(row, Tensor):
             return self._act_on_device(outcome, row, scaled=scaler is not None)
         if not row.finite and scaler is not None:
             # The scaler calibrates itself by overflowing: it drops the step, and nothing is to be learned from it.
-            return Verdict(outcome, row._replace(skipped=1.0, changed=0.0, overflow=1.0))
+            return Verdict(outcome, overflowing(row))
         if not row.finite and self._policy.nonfinite != "ignore":
-            return self._mend(outcome, row, step)
+            return self._mend(outcome, row, step, detailed=detailed)
         whole = bool(row.finite)
         if self._policy.action == "skip" and row.clipped:
             self._limiter.learn(outcome, whole=whole)
             if scaler is not None and self._optimizer is not None:
                 # A scaler without any gradient to look at refuses to step.
-                amp.unscale_(scaler, self._optimizer)
-            return self._drop(outcome, row, self._limiter.excess, step, scaled=scaler is not None)
+                scaling.unscale_(scaler, self._optimizer)
+            return self._drop(outcome, row, self._excess, step, scaled=scaler is not None)
         if row.changed:
             self._write(outcome, None, scaled=scaler is not None)
-        self._skips.reset()
-        self._limiter.learn(outcome, whole=whole)
+        if self._skips.in_a_row or self._skips.noted is not None:
+            self._skips.reset()
+        if self._limiter.adaptive:
+            self._limiter.learn(outcome, whole=whole)
         return Verdict(outcome, row)
 
     def _act_on_device(self, outcome: Outcome, row: Tensor, *, scaled: bool) -> Verdict:
         """The same without looking: what is decided, the device decides."""
         finite, clipped = (row[Row._fields.index(name)] for name in ("finite", "clipped"))
-        dropped = None
+        drops = None
         if self._fold is not None and not scaled:
-            dropped = 1 - finite if self._policy.nonfinite == "skip" else torch.zeros_like(finite)
+            drops = 1 - finite if self._policy.nonfinite == "skip" else torch.zeros_like(finite)
             if self._policy.action == "skip":
-                dropped = torch.maximum(dropped, (clipped > 0).to(dropped))
-            self._skips.note(dropped)
-            row = mark_dropped(row, dropped)
-        self._write(outcome, dropped, scaled=scaled)
+                drops = torch.maximum(drops, (clipped > 0).to(drops))
+            self._skips.note(drops)
+            row = dropped(row, drops)
+        self._write(outcome, drops, scaled=scaled)
         self._limiter.learn(outcome, whole=finite != 0)
-        return Verdict(outcome, mark_overflow(row) if scaled else row)
+        return Verdict(outcome, overflowing(row) if scaled else row)
 
-    def _mend(self, outcome: Outcome, row: Row, step: int) -> Verdict:
+    def _mend(self, outcome: Outcome, row: Row, step: int, *, detailed: bool) -> Verdict:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         if self._policy.nonfinite == "raise":
             return Verdict(outcome, row, self._raising(step))
@@ -114,35 +116,38 @@ class Actor:
             return self._drop(outcome, row, lambda _: reason + self._culprits(), step, scaled=False)
         params = self._selection.params
         write.zero_nonfinite_(params)
-        outcome = self._limiter.judge(self._selection.gradients(settle=True), step)
+        outcome = self._limiter.judge(self._selection.gradients(), step, on_host=True, detailed=detailed)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
-            return self._drop(outcome, row._replace(finite=0.0), self._limiter.excess, step, scaled=False)
+            return self._drop(outcome, amended(row, finite=0.0), self._excess, step, scaled=False)
         if row.changed:
             self._write(outcome, None, scaled=False)
         self._skips.reset()
-        return Verdict(outcome, row._replace(finite=0.0, changed=1.0))
+        return Verdict(outcome, amended(row, finite=0.0, changed=1.0))
 
-    def _write(self, outcome: Outcome, dropped: Tensor | None, *, scaled: bool) -> None:
+    def _write(self, outcome: Outcome, drops: Tensor | None, *, scaled: bool) -> None:
         if self._fold is not None:
-            self._fold.hand(outcome.coefs, dropped, scaled=scaled)
-        elif self._policy.writes:
-            self._limiter.write(outcome)
+            self._fold.hand(outcome.change, drops, scaled=scaled)
+        elif self._writes and outcome.change is not None:
+            outcome.change.apply(self._selection.params)
+
+    def _excess(self, outcome: Outcome) -> str:
+        return outcome.excess(self._limiter.scopes)
 
     def _drop(self, outcome: Outcome, row: Row, why: Callable[[Outcome], str], step: int, *, scaled: bool) -> Verdict:
         reason = why(outcome) if self._skips.speaks(bounded=not scaled) else ""
         write.drop_(self._selection.owned)
 
         def count() -> None:
-            self._skips.add(step, reason, warn=reduce.is_first_rank(), bounded=not scaled)
+            self._skips.add(step, reason, warn=ranks.is_first_rank(), bounded=not scaled)
 
         # Where nobody looks at the norm after clipping, dropped steps do not count as ones that were looked at.
         unknown = row.finite and math.isnan(row.norm_clipped)
         after = math.nan if unknown else 0.0
-        return Verdict(outcome, row._replace(skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
+        return Verdict(outcome, amended(row, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
 
     def _raising(self, step: int) -> Callable[[], None]:
-        error = nonfinite.error(step, self._culprits())
+        error = words.error(step, self._culprits())
 
         def raise_it() -> None:
             raise error
@@ -150,8 +155,5 @@ class Actor:
         return raise_it
 
     def _culprits(self) -> str:
-        bad = [
-            gradient is not None and not nonfinite.is_finite(gradient)
-            for gradient in self._selection.gradients(settle=False)
-        ]
-        return nonfinite.offenders(self._selection.names, self._limiter.anywhere(bad))
+        bad = [gradient is not None and not words.is_finite(gradient) for gradient in self._selection.gradients()]
+        return words.offenders(self._selection.names, self._limiter.anywhere(bad))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradclip.gradients.write import Change, ScaleAll
 from lightning_gradclip.select.parameters import Selection
 
 _FUSED = "torch.optim.Adam, AdamW, SGD or Adagrad with fused=True"
@@ -70,12 +71,12 @@ class Fold:
                 return False
         return True
 
-    def hand(self, coef: Tensor | float | None, dropped: Tensor | None, *, scaled: bool) -> None:
+    def hand(self, change: Change | None, drops: Tensor | None, *, scaled: bool) -> None:
         """Have the next step multiply the gradients, and leave itself out.
 
         Args:
-            coef: What to multiply by, a tensor of one element or a float; None: nothing.
-            dropped: 1 to leave out the step, else 0, 0-d; None: it is not left out.
+            change: One coefficient for all gradients; None: they stay as they are.
+            drops: 1 to leave out the step, else 0, 0-d; None: it is not left out.
             scaled: Whether a GradScaler steps the optimizer, which decides by itself what is left out.
 
         Raises:
@@ -89,6 +90,7 @@ class Fold:
                 "optimizer a coefficient for the same step; fold=True serves one clipper for each optimizer"
             )
         self._scaled = scaled
+        coef = change.coef if isinstance(change, ScaleAll) else None
         if isinstance(coef, Tensor):
             self._optimizer.grad_scale = coef.reciprocal().to(torch.float32).view(())
         elif coef is not None:
@@ -96,8 +98,8 @@ class Fold:
                 1.0 / coef if coef else math.inf, dtype=torch.float32, device="cpu"
             )
         self._handed = True
-        if dropped is not None and not scaled:
-            self._optimizer.found_inf = dropped.to(torch.float32)
+        if drops is not None and not scaled:
+            self._optimizer.found_inf = drops.to(torch.float32)
 
     def withdraw(self) -> None:
         """Take back what the next step would have used, if that is ours."""

@@ -1,6 +1,7 @@
 """What may be done to the gradients, and what happens when some are not finite: closed lists of words."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
@@ -104,19 +105,52 @@ def require_method(method: object) -> None:
     raise TypeError(f"method must be a clipping method, got {method!r} ({type(method).__name__}); {remedy}")
 
 
-def check_options(method: ClipMethod | None, action: str, *, measure_per: str | None, fold: bool) -> None:
-    """Check what a clipper takes besides its policy and its patterns."""
-    if measure_per is not None:
-        checks.choice(
-            "measure_per",
-            measure_per,
-            MEASURES,
-            remedy="None measures the method's own scope only",
-        )
-    if not checks.flag("fold", fold):
-        return
+@dataclass(frozen=True)
+class Options:
+    """What a clipper is told to do, checked once: the words of users, whoever they say them to.
+
+    Attributes:
+        method: How to clip; None measures only.
+        action: As given; so are `nonfinite` and `max_consecutive_skips`.
+        include: Patterns over parameter names, admitting parameters; `exclude` takes some out.
+        measure_per: Kind of the scopes whose norms are recorded as well, if any.
+        fold: Whether a fused optimizer is handed the coefficient.
+        policy: What the first four come to.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If one is out of range or contradicts another.
+    """
+
+    method: ClipMethod | None
+    action: str = "clip"
+    nonfinite: str | None = None
+    max_consecutive_skips: int | None = 20
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    measure_per: str | None = None
+    fold: bool = False
+    policy: Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        policy = Policy.of(self.method, self.action, self.nonfinite, self.max_consecutive_skips)
+        remedy = "None measures the method's own scope only"
+        if self.measure_per is not None:
+            checks.choice("measure_per", self.measure_per, MEASURES, remedy=remedy)
+        if checks.flag("fold", self.fold):
+            _require_one_coefficient(self.method, policy)
+        checked = {
+            "policy": policy,
+            "include": checks.patterns("include", self.include),
+            "exclude": checks.patterns("exclude", self.exclude),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:
     remedy = "use fold=False"
-    if method is None or action == "observe":
+    if method is None or not policy.writes:
         raise ValueError(f"fold=True hands over a coefficient, but nothing is to be clipped; {remedy}")
     if method.per != "model":
         raise ValueError(

@@ -37,29 +37,29 @@ class Skips:
 
     def __init__(self, most: int | None) -> None:
         self.most = most
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._warned = False
-        self._noted: tuple[Tensor, Tensor] | None = None
+        self.noted: tuple[Tensor, Tensor] | None = None
 
     def reset(self) -> None:
-        self._in_a_row = 0
-        if self._noted is not None:
-            self.note(torch.zeros_like(self._noted[0]))
+        self.in_a_row = 0
+        if self.noted is not None:
+            self.note(torch.zeros_like(self.noted[0]))
 
     def count(self) -> int:
         """Steps dropped in a row up to now; looks at what was noted, which makes the host wait for the device."""
-        return self._in_a_row if self._noted is None else int(self._noted[0].item())
+        return self.in_a_row if self.noted is None else int(self.noted[0].item())
 
     def resume(self, in_a_row: int) -> None:
         """Go on from this count."""
-        self._in_a_row, self._noted = in_a_row, None
+        self.in_a_row, self.noted = in_a_row, None
 
     def note(self, dropped: Tensor) -> None:
         """Count a step that a device may have dropped, 1 or 0, 0-d, without looking."""
-        if self._noted is None:
-            self._noted = torch.full_like(dropped, self._in_a_row), torch.zeros_like(dropped)
-        in_a_row = (self._noted[0] + 1) * dropped
-        self._noted = in_a_row, torch.maximum(self._noted[1], in_a_row)
+        if self.noted is None:
+            self.noted = torch.full_like(dropped, self.in_a_row), torch.zeros_like(dropped)
+        in_a_row = (self.noted[0] + 1) * dropped
+        self.noted = in_a_row, torch.maximum(self.noted[1], in_a_row)
 
     def review(self, step: int) -> None:
         """Look at what was noted, which makes the host wait for the device.
@@ -67,16 +67,16 @@ class Skips:
         Raises:
             FloatingPointError: If more than `most` steps in a row were dropped.
         """
-        if self._noted is None:
+        if self.noted is None:
             return
-        in_a_row, longest = map(int, torch.stack(self._noted).tolist())
-        self._noted, self._in_a_row = None, in_a_row
+        in_a_row, longest = map(int, torch.stack(self.noted).tolist())
+        self.noted, self.in_a_row = None, in_a_row
         if self.most is not None and longest > self.most:
             raise self._too_many(longest, step, "not finite or over the limit")
 
     def speaks(self, *, bounded: bool) -> bool:
         """Whether the next `add` says why: finding out costs more than counting."""
-        return not self._warned or (bounded and self.most is not None and self._in_a_row >= self.most)
+        return not self._warned or (bounded and self.most is not None and self.in_a_row >= self.most)
 
     def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
         """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing.
@@ -84,11 +84,11 @@ class Skips:
         Raises:
             FloatingPointError: If more than `most` steps in a row were dropped.
         """
-        if self._noted is not None:
-            self.note(torch.ones_like(self._noted[0]))
-        self._in_a_row = self._in_a_row + 1 if self._noted is None else self.count()
-        if bounded and self.most is not None and self._in_a_row > self.most:
-            raise self._too_many(self._in_a_row, step, reason)
+        if self.noted is not None:
+            self.note(torch.ones_like(self.noted[0]))
+        self.in_a_row = self.in_a_row + 1 if self.noted is None else self.count()
+        if bounded and self.most is not None and self.in_a_row > self.most:
+            raise self._too_many(self.in_a_row, step, reason)
         if self._warned:
             return
         self._warned = True

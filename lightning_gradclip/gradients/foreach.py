@@ -2,23 +2,21 @@
 
 One call for a list costs a fraction of one call for each tensor. torch's own optimizers and `clip_grad_norm_` are built
 on these functions, but they have no public names; where a release drops or changes one, the public functions beside it
-give the same results more slowly.
+give the same results more slowly. The same holds of our own kernel for CUDA, which wants Triton.
 """
 
+import importlib
+import importlib.util
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import cuda as early_exit
-
-# For tensors that are smaller on average GradScaler's function takes a third to two thirds of the time, for larger ones
-# more than the product.
-_SMALL = 4096
-# Tensors to look at for that.
-_SAMPLE = 32
+from lightning_gradclip.gradients.norms import LAUNCH, MANY_SMALL, SMALL_ON_AVERAGE
 
 _Norm = Callable[..., Sequence[Tensor]]
 _Write = Callable[..., None]
@@ -37,13 +35,15 @@ _flatten: Callable[[Sequence[Tensor]], Tensor] | None = _found(
 
 
 class _Arguments(threading.local):
-    """What `_unscale` is given, made once for each thread: making them takes longer than a small model does."""
+    """Numbers as tensors, made once for each thread: making one takes as long as a small model does."""
 
     def __init__(self) -> None:
         with torch.inference_mode(mode=False):
+            self.factor = torch.ones((), dtype=torch.float32, device="cpu")
+            # The same number as the vector that `_unscale` wants.
+            self.factors = self.factor.view(1)
             # Whether an entry is not finite, which is known where this is used and read by nobody.
             self.found = torch.zeros(1, dtype=torch.float32, device="cpu")
-            self.factor = torch.ones(1, dtype=torch.float32, device="cpu")
 
 
 _arguments = _Arguments()
@@ -66,7 +66,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def multiply_(tensors: Sequence[Tensor], factor: Tensor | Sequence[Tensor]) -> None:
     """Multiply the tensors by one factor, 0-d and on their device, or each by its own."""
     if isinstance(factor, Tensor) and factor.device.type == "cuda":
-        tensors = early_exit.multiply_(tensors, factor)
+        tensors = left_by_kernel_(tensors, factor)
         if not tensors:
             return
     if _mul is not None:
@@ -79,10 +79,73 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor | Sequence[Tensor]) -> N
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> None:
     """Multiply CPU tensors of one floating dtype by one factor, rounded to float32: the fastest way for them."""
-    some = tensors[:: len(tensors) // _SAMPLE + 1]
-    if _unscale is None or sum(map(Tensor.numel, some)) > _SMALL * len(some):
-        multiply_(tensors, torch.tensor(factor, dtype=torch.float32, device="cpu"))
+    _arguments.factor.fill_(factor)
+    if _unscale is None or not _are_many_small(tensors):
+        multiply_(tensors, _arguments.factor)
         return
-    _unscale(tensors, _arguments.found, _arguments.factor.fill_(factor))
+    _unscale(tensors, _arguments.found, _arguments.factors)
     # Which this function, unlike the others, leaves to its caller.
     torch.autograd.graph.increment_version(tensors)
+
+
+def _are_many_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether GradScaler's function is faster than a product."""
+    if len(tensors) < MANY_SMALL:
+        return False
+    # Some of them tell.
+    some = tensors[:: len(tensors) // 32 + 1]
+    return sum(map(Tensor.numel, some)) <= SMALL_ON_AVERAGE * len(some)
+
+
+def left_by_kernel_(tensors: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
+    """Multiply CUDA tensors, where that pays, by a kernel that leaves memory alone where the coefficient, 0-d, is 1.
+
+    Returned are those that are still to be multiplied.
+    """
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(tensor)
+    left: list[Tensor] = []
+    for dtype, some in alike.items():
+        large = coef.device.type == "cuda" and sum(map(Tensor.numel, some)) >= LAUNCH
+        kernel = _kernel(coef.device, dtype) if large else None
+        if kernel is None:
+            left += some
+            continue
+        fitting = list(map(kernel.fits, some))
+        kernel.scale_([one for one, fits in zip(some, fitting, strict=True) if fits], coef)
+        left += [one for one, fits in zip(some, fitting, strict=True) if not fits]
+    return left
+
+
+@lru_cache(maxsize=64)
+def _kernel(device: torch.device, dtype: torch.dtype) -> Any | None:
+    """The kernel's module once it has multiplied a few numbers as torch does; that one time the host waits."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        kernel: Any = importlib.import_module("lightning_gradclip.gradients.cuda")
+        if _is_right(kernel, device, dtype):
+            return kernel
+        fault = "it gives other numbers than torch"
+    # Triton compiles with what the machine has: a compiler, headers and a driver may be missing, each in its own way.
+    except Exception as error:  # noqa: BLE001
+        fault = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"Triton is installed but its kernel cannot be used on {device} ({fault}); gradients are multiplied by "
+        "torch._foreach_mul_, which writes them at every step; repair or uninstall triton to silence this",
+        stacklevel=2,
+    )
+    return None
+
+
+def _is_right(kernel: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for factor in (1.0, 0.3):
+        values = torch.linspace(-3, 3, 1001, device=device).to(dtype)
+        coef = torch.tensor(factor, dtype=wide, device=device)
+        expected = values * coef
+        kernel.scale_([values], coef)
+        if not torch.equal(values, expected):
+            return False
+    return True

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gradclip.gradients import norms as pnorm
+from lightning_gradclip.gradients.norms import Tensors, home, integers_on
 from lightning_gradclip.select.layout import Layout
 from lightning_gradclip.select.parameters import Selection
 
@@ -29,13 +29,10 @@ _MOST_SAFE_POWER = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What all ranks know together.
+    """What all ranks know together: vectors of p-norms, and for each vector of numbers its total, as they were given.
 
-    Attributes:
-        norms: Vectors of p-norms, as they were given.
-        present: For each parameter more than 0 if some rank has a gradient of it, `(P,)`; None: as on this rank.
-        totals: For each vector of numbers its sum over parameters and ranks.
-        nothing: Whether this rank has no gradient, and no other rank has.
+    `present` is more than 0 for each parameter of which some rank has a gradient, `(P,)`; None: as on this rank.
+    `nothing` says that this rank has none at all, and no other rank has.
     """
 
     norms: tuple[Tensor, ...]
@@ -47,17 +44,8 @@ class Reduced:
 class Reducer:
     """Reduces the sizes of the same parameters at every step; made by all ranks at the same time.
 
-    Args:
-        names: The names of the parameters.
-        params: The parameters, some of which are cut.
-        layouts: How.
-        group: The ranks that hold them; None: all.
-
-    Attributes:
-        numels: The number of entries of each parameter over all ranks.
-
-    Raises:
-        RuntimeError: If the ranks serve different parameters.
+    Of the ranks in the group, or all, which must serve the same parameters: a RuntimeError says if they do not.
+    `numels` are the numbers of entries of the parameters over all ranks.
     """
 
     def __init__(
@@ -83,8 +71,8 @@ class Reducer:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, which some frameworks move after the optimizer was made."""
-        return self._params[0].device
+        """Where numbers about the parameters belong, which some frameworks move after the optimizer was made."""
+        return home(self._params)
 
     def reduce(
         self,
@@ -111,16 +99,17 @@ class Reducer:
         joined = torch.cat([one.to(device, torch.float64) for one in norms])
         share = (shares if owner is None else shares[owner]).repeat(len(norms))
         wide = [one.dtype == torch.float64 for one in norms]
-        flags = pnorm.integers_on((*map(int, present), *map(int, wide)), device).to(torch.float64)
+        flags = integers_on((*map(int, present), *map(int, wide)), device).to(torch.float64)
         others = torch.cat([flags, *(one.to(device, torch.float64).mul(shares).sum().view(1) for one in numbers)])
         if math.isinf(norm_type):
             # MAX loses NaN on some backends.
             together = torch.cat([joined.nan_to_num(nan=math.inf, posinf=math.inf), others])
-            found, others = _split(self._all_reduce(together, dist.ReduceOp.MAX), len(joined))
+            found, others = self._all_reduce(together, dist.ReduceOp.MAX).split([len(joined), len(others)])
         elif self._wide or norm_type > _MOST_SAFE_POWER:
             found, others = self._gathered(joined, share, others, norm_type)
         else:
-            powers, others = _split(self._all_reduce(torch.cat([joined.pow(norm_type) * share, others])), len(joined))
+            together = torch.cat([joined.pow(norm_type) * share, others])
+            powers, others = self._all_reduce(together).split([len(joined), len(others)])
             found = powers.pow(1.0 / norm_type)
         there, wider, totals = others.split([len(present), len(wide), len(numbers)])
         # A rank that has a gradient need not look.
@@ -175,6 +164,21 @@ class Reducer:
         return torch.stack(found).to(vector.device)
 
 
+def reduced(
+    reducer: Reducer | None,
+    gradients: Tensors,
+    norms: Sequence[Tensor],
+    norm_type: float,
+    numbers: Sequence[Tensor] = (),
+    owner: Tensor | None = None,
+) -> Reduced:
+    """What all ranks know: `Reducer.reduce` where ranks hold pieces, else what this one knows."""
+    if reducer is None:
+        return Reduced(tuple(norms), totals=tuple(one.sum() for one in numbers))
+    present = [gradient is not None for gradient in gradients]
+    return reducer.reduce(norms, present, norm_type, numbers, owner)
+
+
 def reducer_for(selection: Selection) -> Reducer | None:
     """A reducer where ranks hold pieces, else None."""
     cut = [one.ranks for one in selection.layouts if one.pieces > 1]
@@ -199,7 +203,3 @@ def _carrier(device: torch.device) -> torch.device:
     """The device whose tensors the ranks can exchange: NCCL knows no CPU tensors, which offloaded gradients are."""
     kinds = [one.partition(":")[0] for one in str(dist.get_backend_config()).split(",")]
     return device if device.type in kinds else torch.device("cpu" if "cpu" in kinds else kinds[-1])
-
-
-def _split(together: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    return together[:first], together[first:]

@@ -1,8 +1,8 @@
-"""The p-norm of one piece of memory on CPU, by rows.
+"""What one call reads: small tensors copied together, and the entries of large ones as rows.
 
-Rows keep the result exact, and torch computes them on all threads: one float32 sum over 1e8 entries reads 1 % low,
-while sums of 512, even of equal entries, whose rounding errors all agree, stay within 1e-6. The norms of rows are
-joined in float64.
+A float32 sum over 1e8 entries reads 1 % low, while sums of 512, even of equal entries, whose rounding errors all agree,
+stay within 1e-6. So memory is read as rows, which torch computes on all threads, and norms of rows are joined in
+float64.
 
 torch has vectorised kernels for norms of float32, float64 and bfloat16 in their own dtype only. A bfloat16 result has
 three digits, so that smaller half tensors are converted first, which costs two to three times the reading. From 2**20
@@ -12,40 +12,183 @@ entries are equal nothing averages out, and up to 4e-3 remains, as of the bfloat
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import foreach
-from lightning_gradclip.gradients import norms as pnorm
-
-# Entries of a row at most; longer ones are no faster.
-ROW = 512
-# Entries copied or converted at once: a mebibyte of float32 stays in the cache.
-BLOCK = 2**18
-# From here on rows of a bfloat16 tensor are many enough.
-_MANY_ROWS = 2**20
+from lightning_gradclip.gradients import foreach, norms
+from lightning_gradclip.gradients.norms import ALIKE, BLOCK, MANY_ROWS, ROW, Tensors, vector_norm
 
 # Dtypes that are read by rows.
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
-def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
-    """The joint norm of 1-d tensors of norms, 0-d, float64."""
-    if not pieces:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    if len(pieces) == 1 and len(pieces[0]) == 1:
-        return pieces[0][0].double()
-    return pnorm.joint_norm(pieces[0] if len(pieces) == 1 else torch.cat(pieces), norm_type)
+Kind = tuple[torch.device, torch.dtype, torch.Size | None]
 
 
-def all_joined(lists: list[list[Tensor]], norm_type: float) -> Tensor:
-    """`joined` of each list, `(len(lists),)`, in one call where float64 holds the powers of float32 norms."""
-    merged = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in lists]
-    if norm_type <= 2.0 and all(one.dtype is torch.float32 for one in merged):
-        return torch.stack(list(foreach.norms(merged, norm_type, torch.float64)))
-    return torch.stack([joined([one], norm_type) for one in merged])
+def by_kind(tensors: Tensors, places: Iterable[int], *, by_shape: bool = False) -> dict[Kind, list[int]]:
+    """The places of the tensors that one call can serve together, by device, dtype and, if asked for, shape."""
+    kinds: dict[Kind, list[int]] = {}
+    for place in places:
+        if (tensor := tensors[place]) is not None:
+            key = tensor.device, tensor.dtype, tensor.shape if by_shape else None
+            kinds.setdefault(key, []).append(place)
+    return kinds
+
+
+class OutdatedError(Exception):
+    """A gradient is not what it was when the order of reading was planned."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Small tensors on CPU that are copied together: `numel` entries in all.
+
+    Of one `shape`; or, where that is None, `alike` but for dim 0, so that they can be concatenated as they are, or not.
+    """
+
+    places: tuple[int, ...]
+    dtype: torch.dtype
+    numel: int
+    shape: torch.Size | None
+    alike: bool = True
+
+    @cached_property
+    def _chosen(self) -> Callable[[Tensors], Any]:
+        return itemgetter(*self.places)
+
+    def gathered(self, tensors: Tensors) -> Tensor:
+        """The entries, `(N,)` or, of one shape, `(len(places), n)`, contiguous: a copy, or one tensor where it lies.
+
+        Raises:
+            OutdatedError: If some tensor is not as it was.
+        """
+        chosen = self._chosen(tensors)
+        try:
+            if len(self.places) == 1:
+                together = chosen
+            elif self.shape is not None:
+                together = torch.stack(chosen)
+            else:
+                together = torch.cat(chosen) if self.alike else foreach.flatten(chosen)
+        except (RuntimeError, TypeError) as error:  # one is sparse, on another device, of another shape, or absent
+            raise OutdatedError from error
+        # A single odd one among them shows in what they make together.
+        if (
+            together is None
+            or together.dtype is not self.dtype
+            or together.layout is not torch.strided
+            or not together.is_cpu
+            or together.numel() != self.numel
+            or (self.shape is not None and together.shape[together.ndim - len(self.shape) :] != self.shape)
+        ):
+            raise OutdatedError
+        flat = together if together.dim() == 1 else together.reshape(-1)
+        # Strides other than 1 would be summed one entry after the other.
+        return flat.contiguous() if self.shape is None else flat.contiguous().view(len(self.places), -1)
+
+
+def batches_of_one_shape(tensors: Tensors, places: Iterable[int]) -> list[Batch]:
+    """Small tensors on CPU of any shapes, in batches of no more than a block of tensors of one shape."""
+    kinds = by_kind(tensors, places, by_shape=True)
+    return [
+        Batch(some, dtype, count, shape)
+        for (_, dtype, shape), alike in kinds.items()
+        for some, count in _in_blocks(tensors, alike)
+    ]
+
+
+def batches_thrown_together(tensors: Tensors, places: Iterable[int]) -> list[Batch]:
+    """Small tensors in as few batches as do no harm: those that differ in dim 0 only concatenate as they are."""
+    kinds: dict[tuple[torch.dtype, torch.Size | None], list[int]] = {}
+    for place in places:
+        if (tensor := tensors[place]) is not None:
+            kinds.setdefault((tensor.dtype, tensor.shape[1:] if tensor.dim() else None), []).append(place)
+    batches: list[Batch] = []
+    rest: list[int] = []
+    for (dtype, shape), some in kinds.items():
+        if shape is None or len(some) < ALIKE:  # torch does not concatenate 0-d tensors
+            rest += some
+        else:
+            batches += (Batch(block, dtype, count, None) for block, count in _in_blocks(tensors, some))
+    for (_, dtype, _), some in by_kind(tensors, rest).items():
+        batches += (Batch(block, dtype, count, None, alike=False) for block, count in _in_blocks(tensors, some))
+    return batches
+
+
+def _in_blocks(tensors: Tensors, places: Iterable[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The places in blocks that are copied at once, and how many entries each block has."""
+    block: list[int] = []
+    entries = 0
+    for place in places:
+        numel = 0 if (tensor := tensors[place]) is None else tensor.numel()
+        if block and entries + numel > BLOCK:
+            yield tuple(block), entries
+            block, entries = [], 0
+        block.append(place)
+        entries += numel
+    if block:
+        yield tuple(block), entries
+
+
+def row_norms(matrix: Tensor, norm_type: float, longest: int = ROW, *, widen: bool = True) -> Tensor:
+    """The norm of each row of a matrix `(k, n)`, `(k,)`, summed in float32 or wider.
+
+    Up to `longest` entries go into one sum where torch has a vectorised kernel for it. The norms of longer rows are
+    joined in float64, and stay so with `widen`.
+    """
+    columns = matrix.shape[1]
+    wide = norms.accumulator(matrix.dtype, norm_type)
+    if columns == 0:
+        return torch.zeros(len(matrix), dtype=wide or matrix.dtype, device=matrix.device)
+    if wide is torch.float32 and matrix.is_cpu:
+        # Given another dtype to sum in, torch would convert all entries at once.
+        blocks = matrix.split(max(1, BLOCK // columns))
+        return torch.cat([row_norms(block.float(), norm_type, widen=widen) for block in blocks])
+    if norm_type == math.inf and not matrix.is_complex():
+        # `aminmax` along a dim is twenty times slower.
+        return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1))
+    # Where torch has no vectorised kernel it sums one entry after the other.
+    vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
+    if columns <= (longest if vectorised else ROW):
+        return torch.linalg.vector_norm(matrix, norm_type, dim=1, dtype=wide)
+    whole = columns // ROW * ROW
+    pieces = vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2, dtype=wide)
+    if whole < columns:
+        rest = vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)
+        pieces = torch.cat((pieces, rest[:, None]), dim=1)
+    found = vector_norm(pieces, norm_type, dim=1, dtype=norms.widest(matrix.device))
+    return found if widen else found.to(pieces.dtype)
+
+
+def append_rows(pieces: list[Tensor], values: Tensor, norm_type: float) -> None:
+    """Append norms of pieces of the entries of a contiguous real tensor, 1-d, float32 or wider."""
+    numel, dtype = values.numel(), values.dtype
+    if numel == 0:
+        return
+    if norm_type == math.inf:
+        low, high = torch.aminmax(values)
+        pieces.append(torch.maximum(-low, high).double().view(1))
+        return
+    wide = norms.accumulator(dtype, norm_type)
+    rough = dtype is torch.bfloat16 and wide is torch.float32 and numel >= MANY_ROWS
+    if wide is not None and wide is not dtype and not rough:
+        for block in values.view(-1).split(BLOCK if wide is torch.float32 else BLOCK // 2):
+            append_rows(pieces, block.to(wide), norm_type)
+        return
+    row = row_of(numel)
+    if numel % row:
+        flat, whole = values.view(-1), numel // row * row
+        if whole:
+            append_rows(pieces, flat[:whole], norm_type)
+        pieces.append(vector_norm(flat[whole:], norm_type, dtype=wide).view(1))
+        return
+    rows = torch.linalg.vector_norm(values.view(-1, row), norm_type, dim=1)
+    pieces.append(rows.float() if rough else rows)
 
 
 @lru_cache(maxsize=4096)
@@ -59,53 +202,24 @@ def row_of(numel: int) -> int:
     return next((row for row in exact if row % 16 == 0), exact[0] if exact else ROW)
 
 
-def append_rows(pieces: list[Tensor], values: Tensor, norm_type: float) -> None:
-    """Append norms of pieces of the entries of a contiguous tensor, 1-d, float32 or wider."""
-    numel, dtype = values.numel(), values.dtype
-    if numel == 0:
-        return
-    if norm_type == math.inf:
-        low, high = torch.aminmax(values)
-        pieces.append(torch.maximum(-low, high).double().view(1))
-        return
-    wide = pnorm.accumulator(dtype, norm_type)
-    if wide is not None and wide is not dtype and not (wide is torch.float32 and _averages(dtype, numel)):
-        # Given another dtype to sum in, torch would convert all entries at once.
-        for block in values.view(-1).split(BLOCK if wide is torch.float32 else BLOCK // 2):
-            append_rows(pieces, block.to(wide), norm_type)
-        return
-    row = row_of(numel)
-    if numel % row == 0:
-        rows = pnorm.vector_norm(values.view(-1, row), norm_type, dim=1)
-        pieces.append(rows.float() if dtype is torch.bfloat16 else rows)
-        return
-    flat, whole = values.view(-1), numel // row * row
-    if whole:
-        append_rows(pieces, flat[:whole], norm_type)
-    rest = pnorm.vector_norm(flat[whole:], norm_type)
-    pieces.append(rest.double().view(1) if dtype is torch.bfloat16 else rest.view(1))
+def joined(pieces: list[Tensor], norm_type: float) -> Tensor:
+    """The joint norm of 1-d tensors of norms, 0-d, float64."""
+    if len(pieces) == 1:
+        return pieces[0][0].double() if len(pieces[0]) == 1 else norms.joint_norm(pieces[0], norm_type)
+    return norms.joint_norm(torch.cat(pieces) if pieces else torch.zeros(0, device="cpu"), norm_type)
 
 
-def _averages(dtype: torch.dtype, numel: int) -> bool:
-    return dtype is torch.bfloat16 and numel >= _MANY_ROWS
+def hypotenuse(pieces: list[Tensor]) -> float:
+    """The joint 2-norm of 1-d tensors of a few norms: on floats it takes a tenth of what it does on tensors."""
+    values = [norm for piece in pieces for norm in piece.tolist()]
+    norm = math.hypot(*values)
+    # To which infinity counts for more than NaN.
+    return math.nan if norm == math.inf and any(map(math.isnan, values)) else norm
 
 
-def norms_along(matrix: Tensor, norm_type: float) -> Tensor:
-    """The norm of each row of a batch, `(k,)`, float64."""
-    columns = matrix.shape[1]
-    if columns == 0:
-        return torch.zeros(len(matrix), dtype=torch.float64, device="cpu")
-    if norm_type == math.inf:
-        low, high = torch.aminmax(matrix, dim=1)
-        return torch.maximum(-low, high).double()
-    wide = pnorm.accumulator(matrix.dtype, norm_type)
-    if wide is torch.float32:
-        matrix, wide = matrix.float(), None
-    if columns <= ROW:
-        return pnorm.vector_norm(matrix, norm_type, dim=1, dtype=wide).double()
-    whole = columns // ROW * ROW
-    pieces = pnorm.vector_norm(matrix[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2, dtype=wide)
-    if whole < columns:
-        rest = pnorm.vector_norm(matrix[:, whole:], norm_type, dim=1, dtype=wide)
-        pieces = torch.cat((pieces, rest[:, None]), dim=1)
-    return pnorm.vector_norm(pieces.double(), norm_type, dim=1)
+def all_joined(lists: list[list[Tensor]], norm_type: float) -> Tensor:
+    """`joined` of each list, `(len(lists),)`, in one call where float64 holds the powers of float32 norms."""
+    merged = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in lists]
+    if norm_type <= 2.0 and all(one.dtype is torch.float32 for one in merged):
+        return torch.stack(list(foreach.norms(merged, norm_type, torch.float64)))
+    return torch.stack([joined([one], norm_type) for one in merged])

@@ -1,16 +1,20 @@
-"""The only writes to gradients."""
+"""The only writes to gradients: four ways to change them, and what is done about entries that are not finite.
+
+A `Change` says how the gradients of one step are to be written, and `apply` writes them. Gradients that need no change
+are not written: looking is free on CPU; on a device, where it would make the host wait, a factor of 1 is multiplied.
+"""
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import attrgetter
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import foreach
-from lightning_gradclip.gradients import norms as pnorm
-from lightning_gradclip.gradients.rows import BLOCK
+from lightning_gradclip.gradients import foreach, norms
+from lightning_gradclip.gradients.entries import stored_bounds
+from lightning_gradclip.gradients.norms import BLOCK, FEW, MANY
 from lightning_gradclip.select import layout
 
 _dtype_of = attrgetter("dtype")
@@ -19,11 +23,129 @@ _dtype_of = attrgetter("dtype")
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 # Gradients that a float32 factor loses nothing against.
 _FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
-# Of gradients with so many entries only the slices that change are written, where they are no more than this share.
-_MANY, _FEW = 2**19, 1 / 8
 
 
-def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
+class ScaleAll(NamedTuple):
+    """Multiply all gradients by one coefficient, a float where all are on CPU, or a tensor of one element."""
+
+    coef: float | Tensor
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        """Write the gradients of these parameters."""
+        if isinstance(self.coef, Tensor):
+            _multiply(params, [self.coef.view(())] * len(params))
+            return
+        gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
+        if set(map(type, gradients)) != {Tensor}:
+            gradients = [layout.local(gradient) for gradient in gradients]
+        dtypes = set(map(_dtype_of, gradients))
+        plain = len(dtypes) == 1 and dtypes <= _FLOAT32 and _SMALLEST <= self.coef <= _LARGEST
+        # Contiguous gradients share no memory and are not sparse; those that are negated are not yet computed.
+        if plain and all(map(Tensor.is_contiguous, gradients)) and not any(map(Tensor.is_neg, gradients)):
+            foreach.scale_(gradients, self.coef)
+        else:
+            _multiply(params, [torch.tensor(self.coef, dtype=torch.float64, device="cpu")] * len(params))
+
+
+class Scale(NamedTuple):
+    """Multiply the gradient of each parameter by the coefficient of its scope.
+
+    Attributes:
+        coefs: For each scope, `(S,)`, on any device.
+        scopes: For each parameter the index of its scope.
+    """
+
+    coefs: Tensor
+    scopes: Sequence[int]
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        """Write the gradients of these parameters."""
+        coefs, scopes = self.coefs.unbind(), self.scopes
+        if self.coefs.is_cpu:
+            changed = self.coefs.ne(1.0).tolist()
+            touched = [place for place, scope in enumerate(scopes) if changed[scope]]
+            params, scopes = [params[place] for place in touched], [scopes[place] for place in touched]
+        _multiply(params, [coefs[scope] for scope in scopes])
+
+
+class ScaleUnits(NamedTuple):
+    """Multiply each unit of the gradients by its coefficient.
+
+    Attributes:
+        coefs: The coefficient of each unit, `(sum(rows),)`.
+        rows: The number of units of each parameter: slices of its gradient along dim 0; a gradient of fewer than two
+            dims is one.
+    """
+
+    coefs: Tensor
+    rows: Sequence[int]
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        """Write the gradients of these parameters; on CPU one that nothing changes is not written."""
+        coefs = self.coefs
+        starts = (0, *accumulate(self.rows))
+        units, spans = _changed(coefs, starts)
+        written = [place for place, (first, end) in enumerate(spans) if first < end and params[place].grad is not None]
+        whole = [place for place in written if params[place].ndim < 2]
+        index = norms.integers_on(tuple(starts[place] for place in whole), coefs.device)
+        _multiply([params[place] for place in whole], coefs[index].unbind())
+        batches = _UnitBatches(coefs)
+        for place in written:
+            if params[place].ndim > 1:
+                first, end = spans[place]
+                changed = None if units is None else units[first:end] - starts[place]
+                batches.take(params[place], starts[place], starts[place + 1], changed)
+        batches.multiply_()
+
+
+class Clamp(NamedTuple):
+    """Replace entries below `low` by it and entries above `high` by that; NaN stays.
+
+    Attributes:
+        low: Smallest entry allowed.
+        high: Largest entry allowed.
+        places: The parameters that may have entries outside.
+    """
+
+    low: float
+    high: float
+    places: Sequence[int]
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        """Write the gradients of these parameters."""
+        for place in self.places:
+            if (gradient := params[place].grad) is not None:
+                values = _stored_values(params[place], gradient)
+                values.clamp_(*stored_bounds(values.dtype, self.low, self.high))
+
+
+Change: TypeAlias = ScaleAll | Scale | ScaleUnits | Clamp
+
+
+def settle_(params: Iterable[Tensor]) -> None:
+    """Add up, for good, gradients that are still to be added up over ranks, by a collective for each."""
+    for parameter in params:
+        if (gradient := parameter.grad) is not None:
+            settled = layout.settled(gradient, parameter)
+            if settled is not gradient:
+                parameter.grad = settled
+
+
+def zero_nonfinite_(params: Iterable[Tensor]) -> None:
+    """Replace NaN and infinite entries by zero; by a mask, since 0 * inf is NaN."""
+    for parameter in params:
+        if (gradient := parameter.grad) is not None:
+            values = _stored_values(parameter, gradient)
+            values.masked_fill_(~torch.isfinite(values), 0.0)
+
+
+def drop_(params: Iterable[Tensor]) -> None:
+    """Remove the gradients, so that the optimizer leaves parameters and its own state as they are."""
+    for parameter in params:
+        parameter.grad = None
+
+
+def _multiply(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
     """Multiply the gradient of each parameter by its coefficient, a 0-d tensor on any device."""
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for parameter, coef in zip(params, coefs, strict=True):
@@ -43,100 +165,61 @@ def scale_(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
             foreach.multiply_(gradients, joined.to(device, dtype).unbind())
 
 
-def scale_all_(params: Sequence[Tensor], coef: float) -> None:
-    """Multiply all gradients, on CPU, by one coefficient."""
-    gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
-    if set(map(type, gradients)) != {Tensor}:
-        gradients = [layout.local(gradient) for gradient in gradients]
-    dtypes = set(map(_dtype_of, gradients))
-    plain = len(dtypes) == 1 and dtypes <= _FLOAT32 and _SMALLEST <= coef <= _LARGEST
-    # Contiguous gradients share no memory and are not sparse.
-    if plain and all(map(Tensor.is_contiguous, gradients)):
-        foreach.scale_(gradients, coef)
-    else:
-        scale_(params, [torch.tensor(coef, dtype=torch.float64, device="cpu")] * len(params))
+class _UnitBatches:
+    """Gradients of more than one dim and factors for their units, to be multiplied together where that is faster."""
 
+    def __init__(self, coefs: Tensor) -> None:
+        self._coefs, self._wide = coefs, _leaves_float32(coefs)
+        # Each conversion once, and not for each gradient.
+        self._converted: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
 
-def scale_units_(params: Sequence[Tensor], rows: Sequence[int], coefs: Tensor) -> None:
-    """Multiply each unit of the gradients by its coefficient; on CPU a gradient that nothing changes is not written.
+    def take(self, parameter: Tensor, start: int, end: int, units: Tensor | None) -> None:
+        """Multiply the units of one gradient, now or with others.
 
-    Args:
-        params: The parameters. A unit is a slice of the gradient along dim 0; a gradient of fewer than two dims is one.
-        rows: The number of units of each.
-        coefs: The coefficient of each unit, `(sum(rows),)`.
-    """
-    starts = (0, *accumulate(rows))
-    units, spans = _changed(coefs, starts)
-    written = [place for place, (first, end) in enumerate(spans) if first < end and params[place].grad is not None]
-    whole = [place for place in written if params[place].ndim < 2]
-    index = pnorm.integers_on(tuple(starts[place] for place in whole), coefs.device)
-    scale_([params[place] for place in whole], coefs[index].unbind())
-    wide = _leaves_float32(coefs)
-    # Each conversion once, and not for each gradient.
-    converted: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for place in written:
-        parameter, (first, end) = params[place], spans[place]
-        if parameter.ndim < 2 or (gradient := parameter.grad) is None:
-            continue
+        Args:
+            parameter: Whose gradient.
+            start: The place of its first coefficient.
+            end: The place behind its last.
+            units: Those that change, counted from 0; None: perhaps all.
+        """
+        if (gradient := parameter.grad) is None:
+            return
         values = _real_values(parameter, gradient)
-        key = values.device, torch.float64 if wide else _factor_dtype(values)
-        if key not in converted:
-            converted[key] = coefs.to(*key)
-        factors = converted[key][starts[place] : starts[place + 1]]
+        key = values.device, torch.float64 if self._wide else _factor_dtype(values)
+        if key not in self._converted:
+            self._converted[key] = self._coefs.to(*key)
+        factors = self._converted[key][start:end]
         if gradient.is_sparse:
             factors = factors[gradient.coalesce().indices()[0]]
         factors = factors.view(-1, *[1] * (values.ndim - 1))
-        if wide or (values.is_cpu and values.dtype is torch.bfloat16):
+        if self._wide or (values.is_cpu and values.dtype is torch.bfloat16):
             _scale_converted_(values, factors)
-        elif end - first <= _FEW * rows[place] and values.numel() >= _MANY and not gradient.is_sparse:
-            _scale_some_(values, units[first:end] - starts[place], factors)
+        elif units is not None and _are_few(units, end - start, values) and not gradient.is_sparse:
+            _scale_some_(values, units, factors)
         else:
-            gradients, theirs = batches.setdefault(key, ([], []))
+            gradients, theirs = self._batches.setdefault(key, ([], []))
             gradients.append(values)
             theirs.append(factors)
-    for gradients, theirs in batches.values():
-        foreach.multiply_(gradients, theirs)
+
+    def multiply_(self) -> None:
+        for gradients, factors in self._batches.values():
+            foreach.multiply_(gradients, factors)
 
 
-def clamp_(params: Iterable[Tensor], low: float, high: float) -> None:
-    """Replace entries below `low` by it and entries above `high` by that; NaN stays."""
-    for parameter in params:
-        if (gradient := parameter.grad) is not None:
-            values = _stored_values(parameter, gradient)
-            values.clamp_(*stored_bounds(values.dtype, low, high))
-
-
-@lru_cache(maxsize=64)
-def stored_bounds(dtype: torch.dtype, low: float, high: float) -> tuple[float, float]:
-    """The bounds as `dtype` stores them: 0.1 in bfloat16 is a neighbour of 0.1, and 1e5 in float16 is infinite."""
-    least, most = torch.tensor([low, high], dtype=dtype, device="cpu").tolist()
-    return least, most
-
-
-def zero_nonfinite_(params: Iterable[Tensor]) -> None:
-    """Replace NaN and infinite entries by zero; by a mask, since 0 * inf is NaN."""
-    for parameter in params:
-        if (gradient := parameter.grad) is not None:
-            values = _stored_values(parameter, gradient)
-            values.masked_fill_(~torch.isfinite(values), 0.0)
-
-
-def drop_(params: Iterable[Tensor]) -> None:
-    """Remove the gradients, so that the optimizer leaves parameters and its own state as they are."""
-    for parameter in params:
-        parameter.grad = None
-
-
-def _changed(coefs: Tensor, starts: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
+def _changed(coefs: Tensor, starts: Sequence[int]) -> tuple[Tensor | None, list[tuple[int, int]]]:
     """The units whose coefficient is not 1, and which part of them belongs to each parameter.
 
-    On devices, where looking would make the host wait, all units.
+    On devices, where looking would make the host wait, None and all units.
     """
-    if coefs.device.type != "cpu":
-        return pnorm.integers_on((), coefs.device), list(pairwise(starts))
+    if not coefs.is_cpu:
+        return None, list(pairwise(starts))
     units = (coefs != 1).nonzero()[:, 0]
-    return units, list(pairwise(torch.searchsorted(units, pnorm.integers_on(tuple(starts), coefs.device)).tolist()))
+    return units, list(pairwise(torch.searchsorted(units, norms.integers_on(tuple(starts), coefs.device)).tolist()))
+
+
+def _are_few(units: Tensor, of: int, values: Tensor) -> bool:
+    return len(units) <= FEW * of and values.numel() >= MANY
 
 
 def _scale_converted_(values: Tensor, factors: Tensor) -> None:
@@ -159,7 +242,7 @@ def _factor_dtype(values: Tensor) -> torch.dtype:
 
 def _leaves_float32(coefs: Tensor) -> bool:
     """Whether float32 cannot hold some coefficient; on devices, where looking would make the host wait, never."""
-    if coefs.device.type != "cpu" or coefs.numel() == 0:
+    if not coefs.is_cpu or coefs.numel() == 0:
         return False
     low, high = torch.aminmax(coefs)
     return not _SMALLEST <= low.item() <= high.item() <= _LARGEST
@@ -177,7 +260,7 @@ def _stored_values(parameter: Tensor, gradient: Tensor) -> Tensor:
             # The values of an uncoalesced gradient are summands: clamping or masking them would be wrong.
             parameter.grad = gradient = gradient.coalesce()
         return gradient.values()
-    values = held = layout.local(gradient)
+    values = held = gradient if type(gradient) is Tensor else layout.local(gradient)
     if values.is_conj() or values.is_neg():
         # Not yet computed, so that nothing can be written.
         values = values.resolve_conj().resolve_neg()

@@ -1,4 +1,5 @@
 """From sizes and a rule to limits and coefficients: all that is known of a step before anything is done about it.
 
-Door: `limiter.Limiter`, whose `judge` gives an `Outcome` and whose `learn` lets the method remember a step.
+Doors: `units` and `entries` for scopes smaller than a parameter, and `limiter.Limiter`, whose `judge` gives an
+`Outcome` and whose `learn` lets the method remember a step.
 """

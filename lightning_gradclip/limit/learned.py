@@ -8,8 +8,59 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select.scopes import Scopes, Units
 
 _MEANING = ("per", "norm_type", "statistic", "window")
+
+
+class Learned:
+    """The learned values of one method: in the order of this run's scopes, on their device, or in plain floats.
+
+    `rule` is the method, of which a single scope on CPU takes floats where tensors stand in its annotations.
+    """
+
+    def __init__(self, method: ClipMethod) -> None:
+        self.method = method
+        self.rule: Any = method
+        self.adaptive = method.adaptive
+        self._rows_of: tuple[str, ...] = ()
+        self._strict = self._in_floats = False
+        self._arranged: Scopes | Units | None = None
+
+    def arrange(self, scopes: Scopes | Units, sizes: Tensor) -> None:
+        """Have a row for each of these scopes, on the device of `sizes`, `(S,)`, before the method is asked."""
+        if self.adaptive and (self._arranged is not scopes or self._in_floats):
+            arrange(self.method, self._rows_of, scopes.names, sizes, strict=self._strict)
+            self._rows_of, self._strict = scopes.names, False
+            self._arranged, self._in_floats = scopes, False
+
+    def arrange_floats(self, scopes: Scopes) -> None:
+        """The same for a single scope, in floats."""
+        if self._arranged is not scopes or not self._in_floats:
+            self._arranged = None
+            self.arrange(scopes, torch.zeros(1, dtype=torch.float64, device="cpu"))
+            self.method.to_floats()
+            self._in_floats = True
+
+    def learn(self, sizes: Any, limits: Any, whole: bool | Tensor) -> None:
+        """Let the method learn from sizes and limits, `(S,)` or floats, of a step in which `whole` is true."""
+        if isinstance(sizes, float):
+            if sizes > 0:
+                self.rule.update(sizes, limits, True)
+            return
+        active = torch.isfinite(sizes) & (sizes > 0)
+        self.method.update(sizes, limits, active if whole is True else active & whole)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values by scope name, with their fingerprint."""
+        return save(self.method, self._rows_of)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Take over values, to be arranged at the next step; with `strict` some of their scopes must be in this run."""
+        require_same_meaning(self.method, state)
+        self._rows_of = tuple(state["scopes"])
+        self.method.load_state_dict(state["values"])
+        self._arranged, self._strict, self._in_floats = None, strict, False
 
 
 def fingerprint(method: ClipMethod) -> dict[str, Any]:
@@ -28,11 +79,7 @@ def save(method: ClipMethod, scopes: Sequence[str]) -> dict[str, Any]:
 
 
 def require_same_meaning(method: ClipMethod, saved: Mapping[str, Any]) -> None:
-    """Refuse learned values that another configuration wrote; nothing was learned, nothing to refuse.
-
-    Raises:
-        ValueError: If the fingerprints differ.
-    """
+    """Refuse learned values that another configuration wrote; where nothing was learned, nothing is refused."""
     ours, theirs = fingerprint(method), saved["fingerprint"]
     if saved["values"] and ours != theirs:
         raise ValueError(

@@ -1,26 +1,26 @@
 """Gradients to sizes, limits and coefficients: everything about a step that is known before acting on it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import norms as pnorm
-from lightning_gradclip.gradients import read as measure
-from lightning_gradclip.gradients import write
-from lightning_gradclip.gradients.ranks import Reduced, Reducer
-from lightning_gradclip.gradients.read import Meter
-from lightning_gradclip.limit import learned
-from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.record.step import Row, pack, untouched
+from lightning_gradclip.gradients import norms
+from lightning_gradclip.gradients.norms import Tensors
+from lightning_gradclip.gradients.ranks import Reduced, Reducer, reduced
+from lightning_gradclip.gradients.read import Meter, exact_norms
+from lightning_gradclip.gradients.write import Change, Clamp, Scale, ScaleAll
+from lightning_gradclip.limit.learned import Learned
+from lightning_gradclip.methods.method import ClipMethod, coefs_of
+from lightning_gradclip.methods.numbers import divide
+from lightning_gradclip.record.step import Row, row_of
 from lightning_gradclip.select import layout
 from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.select.scopes import Scopes, Units
-
-Gradients = Sequence[Tensor | None]
 
 
 @dataclass(slots=True)
@@ -28,19 +28,17 @@ class Outcome:
     """One step before anything is done about it.
 
     Attributes:
-        sizes: Statistic of each scope, `(S,)`, or the float of the only one.
-        limits: Limit of each scope, `(S,)`, or the float of the only one.
-        coefs: Coefficient of each scope, `(S,)`, exactly 1 where nothing is to be done, or the float of the only one;
-            None: all are 1.
-        row: The packed row of a step that goes ahead; on the host where the host decides.
+        sizes: Statistic of each scope, `(S,)`, or the float of the only one; so are `limits`.
+        change: How the gradients are to be written; None: not at all.
+        row: The row of a step that goes ahead; on the host where the host decides.
         measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
         nothing: Whether this rank has no gradient, and no other rank has.
     """
 
     sizes: Any
     limits: Any
-    coefs: Tensor | float | None
-    row: Tensor | Row
+    change: Change | None
+    row: Row | Tensor
     measured: Tensor | None
     nothing: bool
 
@@ -49,201 +47,252 @@ class Outcome:
         """Whether all gradients are finite, 1 or 0, where the row is."""
         return self.row.finite if isinstance(self.row, Row) else self.row[Row._fields.index("finite")]
 
+    def excess(self, scopes: Scopes | Units) -> str:
+        """What is furthest over its limit, in words; only of a row on the host."""
+        if isinstance(self.change, Clamp):
+            clipped = self.row.clipped if isinstance(self.row, Row) else math.nan
+            share = "some" if math.isnan(clipped) else f"{clipped:.3g}"
+            return f"{share} of the entries lie outside [{self.change.low:g}, {self.change.high:g}]"
+        sizes, limits, worst = self.sizes, self.limits, 0
+        if isinstance(sizes, Tensor):
+            worst = int((sizes / limits).nan_to_num(0.0).argmax())
+            sizes, limits = sizes[worst].item(), limits[worst].item()
+        return f"the size {sizes:g} of scope {scopes.names[worst]!r} is over its limit {limits:g}"
 
-class Limiter:
-    """Runs one method over the parameters of one optimizer and keeps its learned values in order.
 
-    This one serves scopes made of whole parameters.
+@dataclass(slots=True)
+class Sizes:
+    """What was measured: norms of the scopes, `(S,)`, and of all together, 0-d, and what the method looks at.
 
-    Args:
-        method: The method; changed only by `learn` and `load_state_dict`.
-        measure_per: Kind of the scopes whose norms are recorded as well, if any.
-        on_host: Whether the host reads the packed row on devices where that is a synchronisation.
-
-    Attributes:
-        on_host: As above.
-        has_details: Whether there is anything that costs passes of its own.
-        detailed: Whether to find out at each step what costs passes of its own.
+    That is `sizes`, its statistic of each scope, and `weights`, where it wants those. The rest is as in `Outcome`.
     """
 
-    has_details = False
+    norms: Tensor
+    joint: Tensor
+    sizes: Tensor
+    weights: Tensor | None
+    measured: Tensor | None
+    nothing: bool
 
-    def __init__(self, method: ClipMethod, measure_per: str | None, *, on_host: bool) -> None:
-        self._method = method
-        self._adaptive = method.adaptive
-        self._measure_per = measure_per
-        self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
-        self.on_host = on_host
-        self._rows_of: tuple[str, ...] = ()
-        self._strict = False
-        self._arranged: Scopes | Units | None = None
-        self._reducer: Reducer | None = None
-        self.detailed = True
 
+class Limiter(ABC):
+    """Runs one method over the parameters of one optimizer.
+
+    Args:
+        method: The method.
+        measure_per: Kind of the scopes whose norms are recorded as well, if any.
+
+    Attributes:
+        learned: The method and what it has learned.
+        scopes: Where the method measures.
+        measured: The scopes that `measure_per` asked for.
+        has_details: Whether there is anything that costs passes of its own.
+        adaptive: Whether there is anything to learn.
+    """
+
+    has_details: bool = False
+    scopes: Scopes | Units
+    measured: Scopes | None
+
+    def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
+        self._method, self._measure_per = method, measure_per
+        self.learned = Learned(method)
+        self.adaptive = self.learned.adaptive
+
+    @final
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
-        """Take over the parameters of this selection; learned values follow their scopes' names.
-
-        Args:
-            selection: The parameters.
-            reducer: Joins what the ranks know of them, where ranks hold pieces.
-        """
-        self._params = selection.params
-        self._reducer = reducer
-        self.scopes: Scopes | Units = self._scopes_of(selection)
+        """Take over these parameters; a reducer joins what the ranks know of them, where ranks hold pieces."""
+        self._params, self._reducer = selection.params, reducer
         self.measured = selection.scopes(self._measure_per) if self._measure_per else None
+        self.scopes = self._serve(selection)
 
-    def judge(self, gradients: Gradients, step: int, scale: float | Tensor = 1.0) -> Outcome:
+    @abstractmethod
+    def _serve(self, selection: Selection) -> Scopes | Units:
+        """The scopes of the method among these parameters."""
+
+    @abstractmethod
+    def judge(
+        self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
+    ) -> Outcome:
         """Measure, reduce and limit; once more in wide arithmetic when the fast sum left its range.
 
         Args:
             gradients: What this rank holds of the gradient of each selected parameter, None where absent.
             step: Steps taken before this one.
             scale: What the gradients are still multiplied by.
+            on_host: Whether the host reads the row on devices where that makes it wait.
+            detailed: Whether to find out what costs passes of its own.
         """
-        outcome = self._outcome(gradients, self._norms(gradients), step, scale)
-        row, sizes = outcome.row, outcome.sizes
-        on_device = isinstance(sizes, Tensor) and sizes.device.type != "cpu"
-        if on_device and isinstance(row, Row) and pnorm.is_suspect(row.norm, self._method.norm_type):
-            outcome = self._outcome(gradients, self._norms(gradients, exact=True), step, scale)
-        return outcome
 
+    @final
+    def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
+        """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
+        if self.adaptive and whole is not False:
+            self.learned.learn(outcome.sizes, outcome.limits, whole)
+
+    @final
     def anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
         """For each parameter whether the flag is up on some rank; all ranks ask together."""
         return flags if self._reducer is None else self._reducer.anywhere(flags)
 
-    def write(self, outcome: Outcome) -> None:
-        """Scale the gradients as the coefficients say."""
-        if not isinstance(outcome.coefs, Tensor):
-            return
-        coefs = outcome.coefs.unbind()
-        index = self._scopes.index
-        params: Sequence[Tensor] = self._params
-        if len(coefs) > 1 and outcome.coefs.device.type == "cpu":
-            # Gradients within their limit are not written.
-            changed = outcome.coefs.ne(1.0).tolist()
-            touched = [i for i, scope in enumerate(index) if changed[scope]]
-            params, index = [params[i] for i in touched], [index[i] for i in touched]
-        write.scale_(params, [coefs[scope] for scope in index])
-
-    def excess(self, outcome: Outcome) -> str:
-        """Which scope is furthest over its limit, in words."""
-        worst = int((outcome.sizes / outcome.limits).nan_to_num(0.0).argmax())
-        size, limit = outcome.sizes[worst].item(), outcome.limits[worst].item()
-        return f"the size {size:g} of scope {self.scopes.names[worst]!r} is over its limit {limit:g}"
-
-    def learn(self, outcome: Outcome, *, whole: bool | Tensor) -> None:
-        """Let the method learn from a step, unless some scope of it was not finite (`whole` is false)."""
-        if whole is False or not self._adaptive:
-            return
-        active = torch.isfinite(outcome.sizes) & (outcome.sizes > 0)
-        self._method.update(outcome.sizes, outcome.limits, active if whole is True else active & whole)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Learned values by scope name, with their fingerprint."""
-        return learned.save(self._method, self._rows_of)
-
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        """Take over learned values; they are arranged and moved to the device at the next step.
-
-        With `strict` it is an error there if none of their scopes is in this run.
-        """
-        learned.require_same_meaning(self._method, state)
-        self._rows_of = tuple(state["scopes"])
-        self._method.load_state_dict(state["values"])
-        self._arranged = None
-        self._strict = strict
-
-    def _outcome(self, gradients: Gradients, local_norms: Tensor, step: int, scale: float | Tensor) -> Outcome:
-        method, p = self._method, self._method.norm_type
-        known = self._reduced(gradients, [local_norms, self._weights()] if method.needs_weight else [local_norms])
-        sizes_of = known.norms[0]
-        if isinstance(scale, Tensor) or scale != 1.0:
-            sizes_of = sizes_of / scale
-        scope_norms = self._scope_norms(sizes_of)
-        sizes = scope_norms
-        if method.statistic == "rms":
-            sizes = scope_norms / self._root_counts(gradients, known, sizes_of)
-        if self._adaptive:
-            self._arrange(sizes)
-        weights = self._scope_norms(known.norms[1]) if method.needs_weight else None
-        limits = method.limit(sizes, weights, step)
-        if self._adaptive:
+    @final
+    def _limited(self, found: Sizes, step: int, change: Callable[[Tensor], Change], *, on_host: bool) -> Outcome:
+        """From sizes to an outcome, as tensors; `change` is what coefficients, `(S,)`, do to the gradients."""
+        method, sizes = self._method, found.sizes
+        self.learned.arrange(self.scopes, sizes)
+        limits = method.limit(sizes, found.weights, step)
+        if self.adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
             limits = torch.where(limits > 0, limits, math.inf)
-        measured = self._measured_norms(gradients, known, sizes_of)
-        joint = pnorm.joint_norm(sizes_of, p) if len(sizes) != 1 else scope_norms[0]
-        on_cpu = sizes.device.type == "cpu"
+        limit = limits[0] if limits.numel() == 1 else math.nan
         # On CPU the host looks for free, and most steps have nothing to be scaled.
-        looks = on_cpu and not method.may_grow
-        if looks and math.isfinite(norm := joint.item()) and not (sizes > limits).any():
-            return Outcome(sizes, limits, None, untouched(norm, limits), measured, known.nothing)
-        wide = pnorm.widest(sizes.device)
-        coefs = torch.where(torch.isfinite(sizes), method.coef(sizes.to(wide), limits.to(wide)), 1.0)
-        row = self._on_host_if_asked(pack(joint, scope_norms, sizes, limits, coefs, p))
-        return Outcome(sizes, limits, coefs, row, measured, known.nothing)
+        looks = sizes.is_cpu and not method.may_grow
+        if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
+            row = row_of(norm, norm, limit=float(limit))
+            return Outcome(sizes, limits, None, row, found.measured, found.nothing)
+        wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
+        coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
+        some = coefs.numel() > 0
+        row = row_of(
+            found.joint,
+            norms.joint_norm(found.norms * coefs, method.norm_type),
+            limit=limit,
+            coef=coefs.amin() if some else 1.0,
+            clipped=((sizes > limits) & finite).to(wide).mean() if some else 0.0,
+            changed=(coefs != 1).any(),
+        )
+        return Outcome(sizes, limits, change(coefs), read_row(row, on_host), found.measured, found.nothing)
 
-    def _scopes_of(self, selection: Selection) -> Scopes | Units:
-        self._scopes = selection.scopes(self._method.per)
-        return self._scopes
+    @final
+    def _is_lost(self, outcome: Outcome) -> bool:
+        """Whether the joint norm of a step on a device left the range of the fast sum, as far as the host has seen."""
+        on_device = isinstance(outcome.sizes, Tensor) and not outcome.sizes.is_cpu
+        return on_device and isinstance(outcome.row, Row) and norms.is_suspect(outcome.row.norm, self._method.norm_type)
 
-    def _norms(self, gradients: Gradients, *, exact: bool = False) -> Tensor:
-        """Local norms of what the scopes are made of: here, of parameters, `(P,)`."""
-        if exact:
-            return measure.exact_norms(gradients, self._method.norm_type)
-        return self._gradients.each(gradients)
-
-    def _weights(self) -> Tensor:
-        """The same of the weights, whether they have a gradient or not."""
-        return self._weighing.each(self._held())
-
-    def _held(self) -> Gradients:
+    @final
+    def _held(self) -> Tensors:
         """What this rank holds of the parameters."""
         return self._params if self._reducer is None else [layout.local(one) for one in self._params]
 
-    def _reduced(self, gradients: Gradients, norms: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Reduced:
-        """Norms and numbers for each parameter over all ranks, from those on this one."""
-        if self._reducer is None:
-            return Reduced(tuple(norms), totals=tuple(one.sum() for one in counts))
-        present = [gradient is not None for gradient in gradients]
-        return self._reducer.reduce(norms, present, self._method.norm_type, counts)
+    @final
+    def _present(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
+        """For each parameter 1 if there is a gradient of it, else 0, `(P,)`."""
+        if known.present is not None:
+            return (known.present > 0).to(like)
+        return norms.integers_on(tuple(int(one is not None) for one in gradients), like.device).to(like.dtype)
 
-    def _scope_norms(self, local: Tensor) -> Tensor:
-        return pnorm.scope_norms(local, self._scopes, self._method.norm_type)
+    @final
+    def _counts(self, like: Tensor) -> Tensor:
+        """The number of entries of each parameter over all ranks, `(P,)`."""
+        numels = tuple(map(Tensor.numel, self._params)) if self._reducer is None else self._reducer.numels
+        return norms.integers_on(numels, like.device).to(like.dtype)
 
-    def _parameter_norms(self, norms: Tensor) -> Tensor:
-        return norms
-
-    def _measured_norms(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor | None:
+    @final
+    def _measured_norms(self, gradients: Tensors, known: Reduced, of_parameters: Tensor) -> Tensor | None:
+        """Norms of the scopes that `measure_per` asked for, from those of the parameters, `(P,)`."""
         if self.measured is None:
             return None
-        result = pnorm.scope_norms(self._parameter_norms(norms), self.measured, self._method.norm_type)
-        present = self._present(gradients, known, result.device).to(result.dtype)
-        there = torch.zeros_like(result).index_add_(0, self.measured.index_on(result.device), present)
-        return result.where(there > 0, math.nan)
+        found = norms.scope_norms(of_parameters, self.measured, self._method.norm_type)
+        index, present = self.measured.index_on(found.device), self._present(gradients, known, found)
+        return found.where(torch.zeros_like(found).index_add_(0, index, present) > 0, math.nan)
 
-    def _root_counts(self, gradients: Gradients, known: Reduced, norms: Tensor) -> Tensor:
+
+def read_row(row: Tensor, on_host: bool) -> Row | Tensor:
+    """The row on the host where that is wanted, or costs nothing."""
+    return Row(*row.cpu().tolist()) if on_host or row.is_cpu else row
+
+
+@final
+class ScopeLimiter(Limiter):
+    """Runs a method over scopes that are made of whole parameters.
+
+    Most runs limit one joint norm. Its handful of numbers costs more as tensors than the gradients of a small model
+    cost to measure, so that on CPU rules that are written for floats as well are given floats. Where the gradients are
+    on a device, and for rules that want tensors, one scope is as several.
+    """
+
+    def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
+        super().__init__(method, measure_per)
+        self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
+        self.takes_floats = method.takes_floats and method.per == "model"
+
+    def _serve(self, selection: Selection) -> Scopes:
+        self._scopes = selection.scopes(self._method.per)
+        return self._scopes
+
+    def judge(
+        self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
+    ) -> Outcome:
+        outcome = self._judge_in_floats(gradients, step, scale) if self.takes_floats else None
+        if outcome is None:
+            sizes = self._sizes(gradients, self._gradients.each(gradients), scale)
+            outcome = self._limited(sizes, step, self._change, on_host=on_host)
+            if self._is_lost(outcome):
+                sizes = self._sizes(gradients, exact_norms(gradients, self._method.norm_type), scale)
+                outcome = self._limited(sizes, step, self._change, on_host=on_host)
+        return outcome
+
+    def _change(self, coefs: Tensor) -> Change:
+        return ScaleAll(coefs) if len(coefs) == 1 else Scale(coefs, self._scopes.index)
+
+    def _sizes(self, gradients: Tensors, local: Tensor, scale: float | Tensor) -> Sizes:
+        method, p = self._method, self._method.norm_type
+        vectors = [local, self._weighing.each(self._held())] if method.needs_weight else [local]
+        known = reduced(self._reducer, gradients, vectors, p)
+        each = known.norms[0]
+        if isinstance(scale, Tensor) or scale != 1.0:
+            each = each / scale
+        of_scopes = norms.scope_norms(each, self._scopes, p)
+        sizes = of_scopes / self._root_counts(gradients, known, each) if method.statistic == "rms" else of_scopes
+        weights = norms.scope_norms(known.norms[1], self._scopes, p) if method.needs_weight else None
+        joint = of_scopes[0] if len(of_scopes) == 1 else norms.joint_norm(each, p)
+        measured = self._measured_norms(gradients, known, each)
+        return Sizes(of_scopes, joint, sizes, weights, measured, known.nothing)
+
+    def _root_counts(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
-        counts = self._counts(norms) * self._present(gradients, known, norms.device)
-        sums = norms.new_zeros(self._scopes.count).index_add_(0, self._scopes.index_on(norms.device), counts)
+        counts = self._counts(like) * self._present(gradients, known, like)
+        sums = like.new_zeros(self._scopes.count).index_add_(0, self._scopes.index_on(like.device), counts)
         return sums.clamp_min(1.0).sqrt()
 
-    def _counts(self, norms: Tensor) -> Tensor:
-        """The number of elements of each parameter over all ranks, `(P,)`."""
-        numels = tuple(map(Tensor.numel, self._params)) if self._reducer is None else self._reducer.numels
-        return pnorm.integers_on(numels, norms.device).to(norms.dtype)
+    def _judge_in_floats(self, gradients: Tensors, step: int, scale: float | Tensor) -> Outcome | None:
+        """`judge` for a single scope; None unless it is on CPU."""
+        norm, known = self._joint(gradients)
+        if norm is None:
+            return None
+        learned, method, measured = self.learned, self.learned.rule, None
+        if known is not None:
+            measured = self._measured_norms(gradients, known, known.norms[0] / scale)
+        if scale != 1.0:
+            # A GradScaler that never finds a finite step ends at 0.
+            norm = float(divide(norm, float(scale)))
+        size = norm / self._root_count(gradients, known) if method.statistic == "rms" else norm
+        if learned.adaptive:
+            learned.arrange_floats(self._scopes)
+        limit = method.limit(size, None, step)
+        if learned.adaptive and not limit > 0:
+            limit = math.inf
+        nothing = known is not None and known.nothing
+        over = size > limit and norm < math.inf
+        if not (over or method.may_grow):
+            return Outcome(size, limit, None, row_of(norm, norm, limit=limit), measured, nothing)
+        coef = coefs_of(method, size, limit, step) if math.isfinite(norm) else 1.0
+        row = row_of(norm, norm * coef, limit=limit, coef=coef, clipped=float(over), changed=float(coef != 1.0))
+        return Outcome(size, limit, ScaleAll(coef) if coef != 1.0 else None, row, measured, nothing)
 
-    def _present(self, gradients: Gradients, known: Reduced, device: torch.device) -> Tensor:
-        """For each parameter whether there is a gradient of it, `(P,)`."""
-        if known.present is not None:
-            return known.present > 0
-        return pnorm.integers_on(tuple(one is not None for one in gradients), device) > 0
+    def _joint(self, gradients: Tensors) -> tuple[float | None, Reduced | None]:
+        """The joint norm, None unless on CPU, and where those of the parameters are wanted too, what is known."""
+        if self._reducer is None and self.measured is None:
+            return self._gradients.joint(gradients), None
+        # Whether a rank goes this way must not depend on the gradients that it happens to have.
+        on_cpu = self._reducer is None or self._reducer.device.type == "cpu"
+        each = self._gradients.each_on_host(gradients) if on_cpu else None
+        if each is None:
+            return None, None
+        known = reduced(self._reducer, gradients, [each], self._method.norm_type)
+        return norms.joint_norm(known.norms[0], self._method.norm_type).item(), known
 
-    def _on_host_if_asked(self, row: Tensor) -> Row | Tensor:
-        return Row(*row.cpu().tolist()) if self.on_host or row.device.type == "cpu" else row
-
-    def _arrange(self, sizes: Tensor) -> None:
-        if self._arranged is not self.scopes:
-            learned.arrange(self._method, self._rows_of, self.scopes.names, sizes, strict=self._strict)
-            self._rows_of = self.scopes.names
-            self._strict = False
-            self._arranged = self.scopes
+    def _root_count(self, gradients: Tensors, known: Reduced | None) -> float:
+        if known is None:
+            return math.sqrt(max(1, self._gradients.count(gradients)))
+        return self._root_counts(gradients, known, known.norms[0]).item()

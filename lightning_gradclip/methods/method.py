@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.checks import KnownArguments
-from lightning_gradclip.methods.numbers import Number, divide, full, where
+from lightning_gradclip.methods.numbers import Number, divide, full, largest, minimum, where
 
 
 def _row(value: float) -> Tensor:
@@ -68,6 +68,11 @@ class ClipMethod(KnownArguments):
         """The factor for each scope, `(S,)`: limit / (size + epsilon) above the limit and exactly 1 within."""
         return where(size > limit, divide(limit, size + self.epsilon), 1.0)
 
+    def floor(self, step: int) -> float:
+        """The size that smaller ones are scaled up to, for rules that may grow a gradient; 0: none is."""
+        del step
+        return 0.0
+
     def bounds(self, step: int) -> tuple[float, float]:
         """The smallest and largest entry allowed, for per="element" only, where it takes the place of `coef`."""
         raise NotImplementedError(f"{type(self).__name__} does not define bounds(step)")
@@ -108,7 +113,7 @@ class ClipMethod(KnownArguments):
         for kind in type(self).__mro__:
             if "on_floats" in vars(kind):
                 return self.on_floats and not self.needs_weight
-            if {"limit", "coef", "update", "fresh_state"} & vars(kind).keys():
+            if {"limit", "coef", "floor", "update", "fresh_state"} & vars(kind).keys():
                 return False
         return False
 
@@ -125,3 +130,16 @@ class Unlimited(ClipMethod):
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return full(size, math.inf)
+
+
+def coefs_of(method: ClipMethod, size: Number, limit: Number, step: int) -> Number:
+    """The factor for each scope, `(S,)`: the method's, and where a size is below the floor what raises it to that."""
+    coef = method.coef(size, limit)
+    floor = method.floor(step) if method.may_grow else 0.0
+    return raised(coef, size, floor) if floor > 0 else coef
+
+
+def raised(coef: Number, size: Number, floor: float) -> Number:
+    """The factors `coef`, but where a size is between 0 and the floor the one that raises it."""
+    # A size near the smallest number has no finite factor.
+    return where((size > 0) & (size < floor), minimum(divide(floor, size), largest(size)), coef)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.numbers import Number, divide, full, largest, minimum, where
+from lightning_gradclip.methods.numbers import Number, full
 from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
 
 
@@ -72,17 +72,9 @@ class NormClip(ClipMethod):
         if self.statistic == "rms":
             # optax has none here, and root mean squares are often as small as torch's 1e-6.
             self.epsilon = 0.0
-        self._floor = 0.0
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
-        # `coef` is not told the step, so the floor of this step is noted here.
-        self._floor = value_at(self.min_norm, step)
         return full(size, value_at(self.max_norm, step))
 
-    def coef(self, size: Number, limit: Number) -> Number:
-        coef = super().coef(size, limit)
-        if not self.may_grow:
-            return coef
-        # A norm near the smallest number has no finite factor.
-        grown = minimum(divide(self._floor, size), largest(size))
-        return where((size > 0) & (size < self._floor), grown, coef)
+    def floor(self, step: int) -> float:
+        return value_at(self.min_norm, step)

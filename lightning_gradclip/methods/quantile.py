@@ -20,12 +20,11 @@ normalization than to clipping (Seetharaman et al., for source separation with A
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from lightning_gradclip import checks
-from lightning_gradclip.methods import archive, ring
+from lightning_gradclip.methods.memory import AllSizes, LastSizes
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, Truth
 
@@ -66,8 +65,8 @@ class QuantileClip(ClipMethod):
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         if self.window is None:
-            return archive.fresh(size, like=self.state_dict())
-        return ring.fresh(size, self.window)
+            return AllSizes.fresh(size, like=self.state_dict())
+        return LastSizes.fresh(size, self.window)
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return self._memory.quantile(self.state, self.q, size if self.include_current else None)
@@ -82,5 +81,5 @@ class QuantileClip(ClipMethod):
         self.state = self._memory.in_floats(self.state)
 
     @property
-    def _memory(self) -> Any:
-        return archive if self.window is None else ring
+    def _memory(self) -> type[AllSizes | LastSizes]:
+        return AllSizes if self.window is None else LastSizes

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_gradclip import checks
-from lightning_gradclip.methods import ring
+from lightning_gradclip.methods.memory import LastSizes
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, Truth, where
 
@@ -67,17 +67,17 @@ class SigmaClip(ClipMethod):
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
-        return ring.fresh(size, self.window)
+        return LastSizes.fresh(size, self.window)
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
-        mean, std = ring.mean_and_std(self.state)
-        return where(self.state["count"] >= self.warmup, mean + self.k * std, math.inf)
+        mean, std = LastSizes.mean_and_std(self.state)
+        return where(LastSizes.count(self.state) >= self.warmup, mean + self.k * std, math.inf)
 
     def update(self, size: Number, limit: Number, active: Truth) -> None:
-        self.state = ring.pushed(self.state, size, active)
+        self.state = LastSizes.pushed(self.state, size, active)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return ring.rows(self.state)
+        return LastSizes.rows(self.state)
 
     def to_floats(self) -> None:
-        self.state = ring.in_floats(self.state)
+        self.state = LastSizes.in_floats(self.state)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import lightning_gradclip
-from lightning_gradclip.record.growing import GrowingArray, HistoryFormatError, replace_file
 from lightning_gradclip.record.history import (
     FORMAT,
     NORM,
     STEP,
     VERSION,
+    GrowingArray,
     HistoryError,
+    HistoryFormatError,
     Norms,
     Steps,
     describe,
@@ -24,8 +25,12 @@ from lightning_gradclip.record.history import (
     plain,
     read_meta,
     read_part,
+    replace_file,
     rows_before,
 )
+
+# The package is there before any of its modules. It imports this one, so that nothing is imported from it here.
+_RELEASE: str = sys.modules["lightning_gradclip"].__version__
 
 
 class HistoryWriter:
@@ -77,7 +82,7 @@ class HistoryWriter:
             "norm_type": plain(getattr(method, "norm_type", 2.0)),
             "measure_per": measure_per,
         }
-        about = {"format": FORMAT, "version": VERSION, "package": lightning_gradclip.__version__}
+        about = {"format": FORMAT, "version": VERSION, "package": _RELEASE}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             keep = rows_before(self.folder, start_step)

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import norms as pnorm
 from lightning_gradclip.select.scopes import Scopes, Units
 
 
@@ -20,12 +19,12 @@ class Row(NamedTuple):
     norm: float
     norm_clipped: float
     limit: float
-    coef: float
-    clipped: float
-    finite: float
-    skipped: float
-    changed: float
-    overflow: float
+    coef: float = 1.0
+    clipped: float = 0.0
+    finite: float = 1.0
+    skipped: float = 0.0
+    changed: float = 0.0
+    overflow: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,7 +55,8 @@ class StepStats:
         """A step in which no parameter has a gradient."""
         sizes = torch.zeros(places.count, dtype=torch.float64, device="cpu")
         limits = torch.full_like(sizes, math.inf)
-        return cls(untouched(0.0, limits), sizes, limits, places)
+        limit = math.inf if places.count == 1 else math.nan
+        return cls(row_of(0.0, 0.0, limit=limit), sizes, limits, places)
 
     @property
     def sizes(self) -> Tensor:
@@ -120,75 +120,48 @@ class StepStats:
         return torch.tensor(self.row[position], dtype=torch.float64, device="cpu")
 
 
-def pack(
-    norm: Tensor,
-    scope_norms: Tensor,
-    sizes: Tensor,
-    limits: Tensor,
-    coefs: Tensor,
-    norm_type: float,
-) -> Tensor:
-    """The row of a step that is neither dropped nor overflowing, `(len(Row._fields),)`, without a host read."""
-    zero, one = torch.zeros_like(norm), torch.ones_like(norm)
-    some = sizes.numel() > 0
-    over = (sizes > limits) & torch.isfinite(sizes)
-    values = {
-        "norm": norm,
-        "norm_clipped": pnorm.joint_norm(scope_norms * coefs, norm_type),
-        "limit": limits[0] if limits.numel() == 1 else one * math.nan,
-        "coef": coefs.amin() if some else one,
-        "clipped": over.to(norm.dtype).mean() if some else zero,
-        "finite": torch.isfinite(norm).to(norm.dtype),
-        "skipped": zero,
-        "changed": (coefs != 1).any().to(norm.dtype),
-        "overflow": zero,
-    }
-    return torch.stack([values[name] for name in Row._fields])
+def row_of(norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped: Any = 0.0, changed: Any = 0.0) -> Any:
+    """The row of a step that is neither dropped nor overflowing; without more words, of one that changes nothing.
 
-
-def mark_dropped(row: Tensor, dropped: Tensor) -> Tensor:
-    """The row of a step that a device drops where `dropped`, 0-d, is 1."""
-    values = dict(zip(Row._fields, row.unbind(), strict=True))
-    zero = torch.zeros_like(dropped)
-    values["skipped"] = dropped
-    values["changed"] = torch.maximum(values["changed"], dropped)
-    values["coef"] = torch.where(dropped > 0, zero, values["coef"])
-    values["norm_clipped"] = torch.where(dropped > 0, zero, values["norm_clipped"])
-    return torch.stack([values[name] for name in Row._fields])
-
-
-def mark_overflow(row: Tensor) -> Tensor:
-    """The row of a step that a GradScaler drops if it is not finite."""
-    values = dict(zip(Row._fields, row.unbind(), strict=True))
-    values["overflow"] = values["skipped"] = 1 - values["finite"]
-    values["changed"] = values["changed"] * values["finite"]
-    return torch.stack([values[name] for name in Row._fields])
-
-
-def pack_elements(norm: Tensor, norm_clipped: Tensor, limit: float, share: Tensor, *, detailed: bool) -> Tensor:
-    """The same where single entries are limited: `share` of them is outside the bounds, and no factor is applied.
-
-    Without `detailed`, where nobody has looked closely, the norm after clipping and a share above 0 are NaN.
+    Args:
+        norm: Joint norm before clipping: a float, for a row on the host, or a tensor, 0-d, where the row shall be.
+        norm_clipped: After; NaN where nobody looked.
+        limit: The limit of the only scope, else NaN.
+        coef: The smallest factor; NaN where none is applied.
+        clipped: Share of the scopes over their limit, or of the entries outside the bounds; NaN where nobody counted.
+        changed: Whether any gradient is to be written, 1 or 0.
     """
-    zero, one = torch.zeros_like(norm), torch.ones_like(norm)
-    values = {
-        "norm": norm,
-        "norm_clipped": norm_clipped if detailed else one * math.nan,
-        "limit": one * limit,
-        "coef": one * math.nan,
-        "clipped": share if detailed else torch.where(share > 0, math.nan, zero),
-        "finite": torch.isfinite(norm).to(norm.dtype),
-        "skipped": zero,
-        "changed": (share > 0).to(norm.dtype),
-        "overflow": zero,
-    }
-    return torch.stack([values[name] for name in Row._fields])
+    if not isinstance(norm, Tensor):
+        finite = 1.0 if math.isfinite(norm) else 0.0
+        return Row(norm, norm_clipped, limit=limit, coef=coef, clipped=clipped, finite=finite, changed=changed)
+    values: Any = {"norm": norm, "norm_clipped": norm_clipped, "limit": limit, "coef": coef, "clipped": clipped}
+    row: Any = Row(**values, finite=torch.isfinite(norm), changed=changed)  # pyright: ignore[reportArgumentType]
+    return torch.stack([torch.full_like(norm, one) if isinstance(one, float) else one.to(norm.dtype) for one in row])
 
 
-def untouched(norm: float, limits: Tensor) -> Row:
-    """The row of a step on the host in which every scope is finite and within its limit."""
-    limit = limits.item() if limits.numel() == 1 else math.nan
-    return Row(norm, norm, limit, coef=1.0, clipped=0.0, finite=1.0, skipped=0.0, changed=0.0, overflow=0.0)
+def amended(row: Row | Tensor, **fields: Any) -> Any:
+    """The row with other values in these fields, where the row is."""
+    return row._replace(**fields) if isinstance(row, Row) else torch.stack([*_named(row)._replace(**fields)])
+
+
+def dropped(row: Tensor, flag: Tensor) -> Tensor:
+    """The row of a step that a device drops where `flag`, 0-d, is 1."""
+    fields, kept = _named(row), flag == 0
+    coef, norm_clipped = fields.coef.where(kept, 0.0), fields.norm_clipped.where(kept, 0.0)
+    changed = torch.maximum(fields.changed, flag)
+    return amended(row, skipped=flag, changed=changed, coef=coef, norm_clipped=norm_clipped)
+
+
+def overflowing(row: Row | Tensor) -> Any:
+    """The row of a step that a GradScaler drops if it is not finite."""
+    fields = _named(row)
+    drops = 1 - fields.finite
+    return amended(row, overflow=drops, skipped=drops, changed=fields.changed * fields.finite)
+
+
+def _named(row: Row | Tensor) -> Any:
+    """The fields, each 0-d where the row is a tensor."""
+    return Row(*row.unbind()) if isinstance(row, Tensor) else row  # pyright: ignore[reportArgumentType]
 
 
 def _rows(numbers: Tensor | float) -> Tensor:

@@ -1,48 +1,95 @@
-"""The steps between two log events: buffered rows, aggregated by torchmetrics when somebody looks."""
+"""The steps since somebody looked: kept where they were made until one packed copy fetches them for all readers.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+A step costs three appends. When somebody looks, or the buffer is full, its steps go in one copy to the host, from there
+to the readers, such as a history, and, when the window is asked for its metrics, into running aggregates.
+"""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_gradclip.record.aggregate import Aggregate
 from lightning_gradclip.record.step import Row
 
+# Below a mebibyte of rows and two of norms, however rarely somebody looks.
 _CAPACITY = 1024
 _SCOPE_ENTRIES = 2**18
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+
+
+class Packed(NamedTuple):
+    """Consecutive steps on the host: their numbers, `n`, and rows, `(n, len(Row._fields))`.
+
+    And the measured scopes, `S`, with their norms, `(n, S)`, NaN for absent ones.
+    """
+
+    steps: list[int]
+    rows: Numbers
+    scopes: tuple[str, ...]
+    norms: Numbers
+
+
+Reader: TypeAlias = Callable[[Packed], None]
 
 
 class Window:
     """Every step since the last `clear`, in bounded memory, and counts since the start.
 
-    A step costs one append. A full buffer is folded into the running aggregates; so is an open one when the
-    aggregates are asked for.
+    Each of the readers is told of every step once, in order, many at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *readers: Reader) -> None:
+        self._readers = readers
+        self._steps: list[int] = []
         self._rows: list[Row | Tensor] = []
-        self._scope_norms: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._scopes: tuple[str, ...] = ()
+        self._capacity = _CAPACITY
+        # What the readers were told of and the aggregates were not; norms of the latest scopes.
+        self._rows_seen: list[Numbers] = []
+        self._norms_seen: list[Numbers] = []
+        self._count_seen = 0
         self._aggregate = Aggregate()
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
         self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
 
-    def add(self, row: Row | Tensor) -> None:
-        """Record one step; the tensor must not be written again."""
+    def add(self, step: int, row: Row | Tensor, scopes: tuple[str, ...] = (), norms: Tensor | None = None) -> None:
+        """Record one step by its number, for the readers, its row, and norms of the measured scopes, `(S,)`.
+
+        Tensors must not be written again.
+        """
+        if scopes is not self._scopes and scopes != self._scopes:
+            self.look()
+            self._fold_scopes()
+            self._scopes = scopes
+            self._capacity = max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes))))
+        self._steps.append(step)
         self._rows.append(row)
-        if len(self._rows) >= _CAPACITY:
+        if norms is not None:
+            self._norms.append(norms)
+        if len(self._rows) + self._count_seen >= self._capacity:
             self._fold()
 
-    def add_scopes(self, names: tuple[str, ...], norms: Tensor) -> None:
-        """Record the norms of the measured scopes of the same step, `(len(names),)`; NaN for absent ones."""
-        if names != self._scopes:
-            self._fold_scopes()
-            self._scopes = names
-        self._scope_norms.append(norms)
-        if len(self._scope_norms) >= min(_CAPACITY, _SCOPE_ENTRIES / max(1, len(names))):
-            self._fold_scopes()
+    def look(self) -> None:
+        """Tell the readers of all steps that they have not seen, which makes the host wait for the device."""
+        if not self._rows:
+            return
+        rows, norms = _fetched(self._rows, self._norms)
+        packed = Packed(self._steps, rows, self._scopes, norms)
+        self._steps, self._rows, self._norms = [], [], []
+        self._rows_seen.append(packed.rows)
+        self._count_seen += len(packed.rows)
+        if packed.scopes:
+            self._norms_seen.append(packed.norms)
+        for reader in self._readers:
+            reader(packed)
 
     def compute(self) -> dict[str, float]:
         """Means, maximum, minimum and rate over the steps since the last `clear`; counts since the start.
@@ -50,7 +97,6 @@ class Window:
         Without a finite step in the window its norms are left out.
         """
         self._fold()
-        self._fold_scopes()
         result = self._aggregate.compute() if self._aggregate.update_called else {}
         result.update((name, count) for name, count in self._since_start.items() if count or name != "overflows")
         result.update((f"norm/{name}", total / count) for name, (total, count) in self._by_scope.items() if count)
@@ -59,52 +105,54 @@ class Window:
     def clear(self) -> None:
         """Begin a new window; the counts go on."""
         self._fold()
-        self._fold_scopes()
         self._aggregate.reset()
         self._by_scope = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether no step was recorded since the last `clear`."""
-        return not self._rows and not self._aggregate.update_called
+        return not (self._rows or self._rows_seen or self._aggregate.update_called)
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether looking would have to fetch something from a device other than the CPU."""
+        return any(isinstance(one, Tensor) and not one.is_cpu for one in (*self._rows, *self._norms))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types only."""
+        """Tensors and plain types only; the readers are told of all steps up to here."""
+        self.look()
         return {
-            "rows": self._matrix(),
+            "rows": _joined(self._rows_seen, len(Row._fields)),
             "scopes": list(self._scopes),
-            "scope_norms": _stacked(self._scope_norms, len(self._scopes)),
+            "scope_norms": _joined(self._norms_seen, len(self._scopes)),
             "aggregate": _copied(self._aggregate.state_dict()) if self._aggregate.update_called else {},
             "by_scope": {name: list(pair) for name, pair in self._by_scope.items()},
             "since_start": dict(self._since_start),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off, to the bit."""
-        self._rows = [Row(*values) for values in state["rows"].tolist()]
-        self._scopes = tuple(state["scopes"])
-        self._scope_norms = list(state["scope_norms"].clone().unbind())
+        """Go on where `state_dict` left off, to the bit; the readers are not told of these steps again."""
+        self._steps, self._rows, self._norms, self._scopes = [], [], [], tuple(state["scopes"])
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
         self._since_start = dict(state["since_start"])
+        self._rows_seen, self._norms_seen = (
+            [matrix.double().numpy().copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
+        )
+        self._count_seen = len(state["rows"])
         self._aggregate.reset()
         if state["aggregate"]:
             self._aggregate.load_state_dict(_copied(state["aggregate"]))
             # An update without a row marks the metric as seen without changing it.
             self._aggregate.update(torch.zeros(0, len(Row._fields), dtype=torch.float64, device="cpu"))
 
-    def _matrix(self) -> Tensor:
-        """The buffered rows on the host: one packed copy."""
-        on_host = [row for row in self._rows if not isinstance(row, Tensor)]
-        on_device = [row for row in self._rows if isinstance(row, Tensor)]
-        matrix = torch.tensor(on_host, dtype=torch.float64, device="cpu").view(-1, len(Row._fields))
-        # Rows on the host come from a checkpoint where the others are on a device: they are older.
-        return torch.cat((matrix, torch.stack(on_device).cpu().double())) if on_device else matrix
-
     def _fold(self) -> None:
-        if not self._rows:
+        """Take all steps into the aggregates."""
+        self.look()
+        self._fold_scopes()
+        if not self._rows_seen:
             return
-        rows = self._matrix()
-        self._rows = []
+        rows = _joined(self._rows_seen, len(Row._fields))
+        self._rows_seen, self._count_seen = [], 0
         self._aggregate.update(rows)
         finite, overflow, skipped = (rows[:, Row._fields.index(name)] for name in ("finite", "overflow", "skipped"))
         calm = 1 - overflow
@@ -113,10 +161,10 @@ class Window:
             self._since_start[name] += count
 
     def _fold_scopes(self) -> None:
-        if not self._scope_norms:
+        if not self._norms_seen:
             return
-        matrix = _stacked(self._scope_norms, len(self._scopes))
-        self._scope_norms = []
+        matrix = _joined(self._norms_seen, len(self._scopes))
+        self._norms_seen = []
         finite = torch.isfinite(matrix)
         sums, counts = torch.where(finite, matrix, 0.0).sum(0), finite.sum(0)
         for name, total, count in zip(self._scopes, sums.tolist(), counts.tolist(), strict=True):
@@ -124,9 +172,128 @@ class Window:
             self._by_scope[name] = (before[0] + total, before[1] + count)
 
 
+class Recorded:
+    """What keeps a record of its steps: the common part of a clipper and of what stands in for one."""
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self._steps = 0
+
+    @property
+    def serves_any(self) -> bool:
+        """Whether there is any parameter to serve."""
+        return True
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a step was recorded since the last `metrics()`."""
+        return not self._window.is_empty
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether looking at its steps makes the host wait for a device other than the CPU."""
+        return self._window.is_on_device
+
+    def look(self) -> None:
+        """Tell all readers of the steps that they have not seen."""
+        self._window.look()
+
+    def metrics(self) -> dict[str, float]:
+        """The window since the last call, aggregated over all its steps, and cleared."""
+        result = self._window.compute()
+        self._window.clear()
+        return result
+
+    def peek(self) -> dict[str, float]:
+        """`metrics()` without clearing the window."""
+        return self._window.compute()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and open window; tensors and plain types only."""
+        return {"step": self._steps, "window": self._window.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off."""
+        self._steps = state["step"]
+        self._window.load_state_dict(state["window"])
+
+
+# The field that each mean is of.
+_MEANS = {name: name for name in ("norm", "norm_clipped", "limit")} | {"clip_rate": "changed", "clipped": "clipped"}
+
+
+class Aggregate(Metric):
+    """Means, the largest norm and the smallest coefficient of steps in any number, in bounded memory.
+
+    Every rank has seen the same global values, so there is nothing to synchronise.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+    norm_max: Tensor
+    coef_min: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        zeros = [0.0] * len(_MEANS)
+        for name, value in {"sums": zeros, "counts": zeros, "norm_max": -math.inf, "coef_min": math.inf}.items():
+            self.add_state(name, torch.tensor(value, dtype=torch.float64, device="cpu"), persistent=True)
+
+    def update(self, rows: Tensor) -> None:
+        """Take in the rows of some steps, `(N, len(Row._fields))`, float64, on the host."""
+        if not len(rows):
+            return
+        columns = dict(zip(Row._fields, rows.unbind(1), strict=True))
+        finite, coef, limit = columns["finite"] != 0, columns["coef"], columns["limit"]
+        # NaN where nobody has looked.
+        looked = finite & ~torch.isnan(columns["norm_clipped"])
+        # With one scope it would say the same as the rate.
+        several = torch.isnan(limit) | torch.isnan(coef)
+        counted = {
+            "norm": finite,
+            "norm_clipped": looked,
+            "limit": finite & torch.isfinite(limit),
+            "clip_rate": torch.ones_like(finite),
+            "clipped": looked & several,
+        }
+        masks = torch.stack([counted[name] for name in _MEANS])
+        values = torch.stack([columns[field] for field in _MEANS.values()])
+        self.sums += torch.where(masks, values, 0.0).sum(1)
+        self.counts += masks.sum(1)
+        self.norm_max = torch.maximum(self.norm_max, columns["norm"].where(finite, -math.inf).amax())
+        # NaN where no factor is applied.
+        smallest = coef.where(finite & torch.isfinite(coef), math.inf).amin()
+        self.coef_min = torch.minimum(self.coef_min, smallest)
+
+    def compute(self) -> dict[str, float]:
+        """By name, in the order in which they are logged; what no step had is left out."""
+        pairs = zip(_MEANS, self.sums.tolist(), self.counts.tolist(), strict=True)
+        means = {name: total / count for name, total, count in pairs if count}
+        extremes = {"norm_max": self.norm_max.item(), "coef_min": self.coef_min.item()}
+        found = means | {name: value for name, value in extremes.items() if abs(value) != math.inf}
+        order = ("norm", "norm_clipped", "norm_max", "limit", "coef_min", "clip_rate", "clipped")
+        return {name: found[name] for name in order if name in found}
+
+
+def _fetched(rows: Sequence[Row | Tensor], norms: Sequence[Tensor]) -> tuple[Numbers, Numbers]:
+    """Rows, `(n, len(Row._fields))`, and norms, `(n, S)`, in one copy from the device."""
+    first = next((row for row in rows if isinstance(row, Tensor)), None)
+    parts = [torch.stack(list(norms))] if norms else []
+    if first is None:
+        return np.array(rows, np.float64), _on_host(parts[0]) if parts else np.empty((len(rows), 0))
+    parts.insert(0, torch.stack([row if isinstance(row, Tensor) else first.new_tensor(row) for row in rows]))
+    whole = _on_host(torch.cat([part.to(parts[0]) for part in parts], 1))
+    return whole[:, : len(Row._fields)], whole[:, len(Row._fields) :]
+
+
+def _on_host(matrix: Tensor) -> Numbers:
+    return matrix.cpu().double().numpy()
+
+
+def _joined(matrices: Sequence[Numbers], width: int) -> Tensor:
+    return torch.from_numpy(np.concatenate(matrices) if matrices else np.empty((0, width)))
+
+
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
-
-
-def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
-    return torch.stack(list(rows)).cpu() if rows else torch.zeros(0, width, dtype=torch.float64, device="cpu")

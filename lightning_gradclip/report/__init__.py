@@ -1,4 +1,7 @@
-"""What clipping did, on one HTML page, and which limits a recorded run suggests; both read files and need no torch."""
+"""What clipping did, on one HTML page, and which limits a recorded run suggests; both read files and need no torch.
+
+Door: `cli.main`.
+"""
 
 
 class RunError(Exception):

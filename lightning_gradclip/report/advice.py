@@ -10,8 +10,7 @@ import numpy as np
 import yaml
 
 from lightning_gradclip.report import RunError
-from lightning_gradclip.report.curve import what_if
-from lightning_gradclip.report.replay import Places, moments, quantile_limits
+from lightning_gradclip.report.replay import Places, moments, quantile_limits, what_if
 from lightning_gradclip.report.run import Flags, Numbers, Run
 from lightning_gradclip.report.words import number, percent
 

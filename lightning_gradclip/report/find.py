@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_gradclip.record.growing import HistoryFormatError
-from lightning_gradclip.record.history import FORMAT, History
+from lightning_gradclip.record.history import FORMAT, History, HistoryFormatError
 from lightning_gradclip.report import RunError, logged
 from lightning_gradclip.report.run import Run, from_history
 

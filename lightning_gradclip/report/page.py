@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradclip.record.growing import replace_file
+from lightning_gradclip.record.history import replace_file
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.charts import payload
-from lightning_gradclip.report.curve import what_if
 from lightning_gradclip.report.layers import Finding, Heat, findings, heat
 from lightning_gradclip.report.numbers import Summary, summarize
+from lightning_gradclip.report.replay import what_if
 from lightning_gradclip.report.run import Run
 from lightning_gradclip.report.words import Sentence, number, percent, sentences
 

@@ -1,11 +1,12 @@
-"""The adaptive limits over recorded norms, without torch: what QuantileClip and SigmaClip would have allowed.
+"""What other limits would have done to recorded norms, without torch: fixed ones, QuantileClip's and SigmaClip's.
 
-Both remember sizes as they were before clipping, so that what they allow at a step depends on the record alone, and
-steps can be looked at one by one. The tests hold these limits against those of the methods themselves.
+Both methods remember sizes as they were before clipping, so that what they allow at a step depends on the record alone,
+and steps can be looked at one by one. The tests hold these limits against those of the methods themselves.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -14,8 +15,48 @@ import numpy.typing as npt
 from lightning_gradclip.report.run import Numbers
 
 Places: TypeAlias = npt.NDArray[np.int64]
+# What NormClip adds to a norm before dividing by it.
+_EPSILON = 1e-6
 # So many numbers are looked at together.
 _BLOCK = 2**21
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares and factors by limit, `(m,)` each.
+
+    Attributes:
+        limit: Rising.
+        share: Of the norms that are over it, in [0, 1].
+        mean: Mean factor of the steps that would be clipped; NaN where there are none.
+        strongest: The smallest factor; NaN where there are none.
+    """
+
+    limit: Numbers
+    share: Numbers
+    mean: Numbers
+    strongest: Numbers
+
+
+def what_if(sizes: Numbers, limits: Numbers | None = None, points: int = 200) -> Curve:
+    """Clip recorded norms by each of many limits.
+
+    Args:
+        sizes: Finite norms > 0, `(n,)`, n >= 1.
+        limits: Which limits to try, rising; None: evenly on a log scale over all norms.
+        points: How many of these.
+    """
+    ordered = np.sort(sizes)
+    if limits is None:
+        limits = np.geomspace(ordered[0] * 0.8, min(ordered[-1] * 1.25, 1e300), points, dtype=np.float64)
+    within = np.searchsorted(ordered, limits, side="right")
+    over = len(ordered) - within
+    # Sum of 1 / (x + epsilon) over the norms from each place on.
+    reciprocals = np.append(np.cumsum(1 / (ordered[::-1] + _EPSILON))[::-1], 0.0)
+    some = over > 0
+    mean = np.where(some, limits * reciprocals[within] / np.maximum(over, 1), np.nan)
+    strongest = np.where(some, limits / (ordered[-1] + _EPSILON), np.nan)
+    return Curve(limits, over / len(ordered), mean, strongest)
 
 
 def quantile_limits(sizes: Numbers, places: Places, *, q: float, window: int) -> Numbers:

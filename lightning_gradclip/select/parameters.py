@@ -53,27 +53,23 @@ class Selection:
                 return True
         return False
 
-    def gradients(self, *, settle: bool) -> list[Tensor | None]:
+    def gradients(self) -> list[Tensor | None]:
         """What this rank holds of the gradient of each parameter, None where absent.
 
-        Gradients that are still to be added up over ranks are added up, and with `settle` they stay so.
+        Gradients that are still to be added up over ranks are added up, by a collective for each.
         """
-        if self._plain:
+        if not self.is_distributed:
             return [parameter.grad for parameter in self.params]
         found: list[Tensor | None] = []
         for parameter in self.params:
             gradient = parameter.grad
-            if gradient is not None:
-                settled = layout.settled(gradient, parameter)
-                if settle and settled is not gradient:
-                    parameter.grad = settled
-                gradient = layout.local(settled)
-            found.append(gradient)
+            found.append(None if gradient is None else layout.local(layout.settled(gradient, parameter)))
         return found
 
     @cached_property
-    def _plain(self) -> bool:
-        return not any(one.distributed for one in self.layouts)
+    def is_distributed(self) -> bool:
+        """Whether some parameter is a DTensor, whose gradient may be still to be added up."""
+        return any(one.distributed for one in self.layouts)
 
     def scopes(self, per: str) -> Scopes:
         """The scopes of one kind; they do not depend on which gradients are present.

@@ -1,4 +1,5 @@
 """Everything that knows Lightning: conflicts, DeepSpeed, logging and recording for the callback.
 
-Door: `lightning_gradclip.GradientClipping`, outside this room; nothing else imports from here.
+Doors, through which the callback alone comes: `conflicts` before a fit, `clippers` and `deepspeed` at its steps, `log`
+and `record` after them, and `lightning` where Lightning itself is asked.
 """

@@ -5,21 +5,20 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_gradclip.clipper import Clipper
-from lightning_gradclip.trainer.deepspeed import Delegated
+from lightning_gradclip.record.window import Recorded
 
 
-class Clippers(Mapping[int, Clipper | Delegated]):
+class Clippers(Mapping[int, Recorded]):
     """Clippers by the index of their optimizer; each comes at the first step of its optimizer.
 
     What a checkpoint holds of an optimizer that has not stepped yet is kept, and saved again.
     """
 
     def __init__(self) -> None:
-        self._live: dict[int, Clipper | Delegated] = {}
+        self._live: dict[int, Recorded] = {}
         self._saved: dict[int, Any] = {}
 
-    def __getitem__(self, index: int) -> Clipper | Delegated:
+    def __getitem__(self, index: int) -> Recorded:
         return self._live[index]
 
     def __iter__(self) -> Iterator[int]:
@@ -28,7 +27,7 @@ class Clippers(Mapping[int, Clipper | Delegated]):
     def __len__(self) -> int:
         return len(self._live)
 
-    def take_up(self, clipper: Clipper | Delegated, index: int) -> None:
+    def take_up(self, clipper: Recorded, index: int) -> None:
         """Serve the optimizer of this index with this clipper, from where a checkpoint left off."""
         if index in self._saved:
             clipper.load_state_dict(self._saved.pop(index))

@@ -5,16 +5,15 @@ batch. The engine clips the joint 2-norm by torch's formula, which is `NormClip`
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning_gradclip.act.policy import Options
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.norm import NormClip
-from lightning_gradclip.record.step import Row, StepStats
-from lightning_gradclip.record.window import Window
-from lightning_gradclip.select.scopes import Scopes
-from lightning_gradclip.trainer import strategy
-from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer
+from lightning_gradclip.record.step import Row, amended, overflowing, row_of
+from lightning_gradclip.record.window import Reader, Recorded, Window
+from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer, is_any
 
 _KEY = "gradient_clipping"
 # What the engine does as these say, or has no part in.
@@ -30,60 +29,36 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
 
 def is_delegated(trainer: Trainer) -> bool:
     """Whether the trainer's strategy is DeepSpeed."""
-    return strategy.is_any(trainer.strategy, "DeepSpeedStrategy")
+    return is_any(trainer.strategy, "DeepSpeedStrategy")
 
 
-class Delegated:
-    """Stands in for a clipper: hands the limit to DeepSpeed's engine and records the norms that it measured.
+class Handover:
+    """Hands the limit to the trainer before its strategy makes DeepSpeed's engine, and takes it back after the fit.
 
     Args:
-        trainer: The trainer, before its strategy makes the engine.
-        method: `NormClip` over the whole model with a constant limit, or None to measure only.
-        options: The other options of the callback.
-
-    Attributes:
-        listener: Called with every step that was recorded, if any.
+        trainer: The trainer, in `setup`.
+        options: `NormClip` over the whole model with a constant limit, or None to measure only, and the defaults.
 
     Raises:
         MisconfigurationException: If the engine cannot do what is asked for, or is told to clip elsewhere too.
     """
 
-    serves_any = True
-
-    def __init__(self, trainer: Trainer, method: ClipMethod | None, options: Mapping[str, Any]) -> None:
-        self._trainer, self._method = trainer, method
+    def __init__(self, trainer: Trainer, options: Options) -> None:
+        self._trainer = trainer
         for option, allowed in _ALLOWED.items():
-            if options[option] not in allowed:
-                raise _refusal(f"{option}={options[option]!r}")
-        self._limit = _limit(method)
-        self._clips = options["action"] == "clip" and math.isfinite(self._limit)
-        self._window = Window()
-        self._scopes = Scopes(("model",), (0,))
-        self._steps = self._done = self._dropped = 0
-        self.listener: Callable[[StepStats], None] | None = None
+            if getattr(options, option) not in allowed:
+                raise _refusal(f"{option}={getattr(options, option)!r}")
+        self._limit = _limit(options.method)
         self._had = trainer.gradient_clip_val
+        self._clips = options.action == "clip" and math.isfinite(self._limit)
         if self._clips:
-            self._hand_over()
+            self._refuse_theirs(options.method)
+            # Read by the strategy when it makes the engine.
+            trainer.gradient_clip_val = self._limit
 
-    def start(self) -> None:
-        """Note where the engine stands, before the first batch."""
-        self._done, self._dropped = self._engine.global_steps, self._engine.skipped_steps
-
-    def record(self) -> None:
-        """Look at what the engine did in the batch that ends, which may only have accumulated."""
-        if self._engine.global_steps == self._done:
-            return
-        skipped = self._engine.skipped_steps > self._dropped
-        self.start()
-        # A step that the engine drops leaves the norm of an earlier one behind.
-        norm: Any = math.inf if skipped else self._engine.get_global_grad_norm()
-        if norm is None:
-            return
-        row = self._row(float(norm), overflow=float(skipped))
-        self._window.add(row)
-        self._steps += 1
-        if self.listener is not None:
-            self.listener(StepStats(row, row.norm, self._limit, self._scopes))
+    def start(self, readers: Iterable[Reader]) -> "Delegated":
+        """What stands in for a clipper, once there is an engine."""
+        return Delegated(self._trainer.strategy.deepspeed_engine, self._limit, readers)  # type: ignore[attr-defined]
 
     def take_back(self) -> None:
         """Leave trainer and strategy as they were, so that another fit does not find our limit."""
@@ -93,60 +68,47 @@ class Delegated:
             if isinstance(config, dict):
                 config.pop(_KEY, None)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether a step was recorded since the last `metrics()`."""
-        return not self._window.is_empty
-
-    def metrics(self) -> dict[str, float]:
-        """The window since the last call, aggregated over all its steps, and cleared."""
-        result = self._window.compute()
-        self._window.clear()
-        return result
-
-    def peek(self) -> dict[str, float]:
-        """`metrics()` without clearing the window."""
-        return self._window.compute()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Step and open window."""
-        return {"step": self._steps, "window": self._window.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off, or a clipper under another strategy, whose window is the same."""
-        self._steps = state["step"]
-        self._window.load_state_dict(state["window"])
-
-    @property
-    def _engine(self) -> Any:
-        return self._trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
-
-    def _hand_over(self) -> None:
+    def _refuse_theirs(self, method: ClipMethod | None) -> None:
         config = getattr(self._trainer.strategy, "config", None)
-        theirs = config.get(_KEY) if isinstance(config, dict) else None
-        if theirs:
+        if theirs := config.get(_KEY) if isinstance(config, dict) else None:
             raise MisconfigurationException(
-                f"both DeepSpeed's configuration ({_KEY}={theirs}) and GradientClipping({self._method!r}) clip; remove "
+                f"both DeepSpeed's configuration ({_KEY}={theirs}) and GradientClipping({method!r}) clip; remove "
                 f"{_KEY} from the configuration, or watch its clipping with GradientClipping(None)"
             )
-        # Read by the strategy when it makes the engine.
-        self._trainer.gradient_clip_val = self._limit
 
-    def _row(self, norm: float, *, overflow: float) -> Row:
-        finite = math.isfinite(norm)
-        over = finite and norm > self._limit
+
+class Delegated(Recorded):
+    """Stands in for a clipper: records the norms that DeepSpeed's engine measured.
+
+    Args:
+        engine: DeepSpeed's, before the first batch.
+        limit: What it clips to.
+        readers: Each is told of every step.
+    """
+
+    def __init__(self, engine: Any, limit: float, readers: Iterable[Reader]) -> None:
+        super().__init__(Window(*readers))
+        self._engine, self._limit = engine, limit
+        self._done, self._dropped = engine.global_steps, engine.skipped_steps
+
+    def record(self, at: int) -> None:
+        """Look at what the engine did in the batch of this number that ends, which may only have accumulated."""
+        engine = self._engine
+        if engine.global_steps == self._done:
+            return
+        skipped = engine.skipped_steps > self._dropped
+        self._done, self._dropped = engine.global_steps, engine.skipped_steps
+        # A step that the engine drops leaves the norm of an earlier one behind.
+        norm: Any = math.inf if skipped else engine.get_global_grad_norm()
+        if norm is not None:
+            self._window.add(at, self._row(float(norm), skipped=skipped))
+            self._steps += 1
+
+    def _row(self, norm: float, *, skipped: bool) -> Row:
+        over = math.isfinite(norm) and norm > self._limit
         coef = self._limit / (norm + 1e-6) if over else 1.0
-        return Row(
-            norm,
-            norm * coef,
-            self._limit,
-            coef,
-            float(over),
-            float(finite),
-            overflow,
-            max(float(over), overflow),
-            overflow,
-        )
+        row = row_of(norm, norm * coef, limit=self._limit, coef=coef, clipped=float(over), changed=float(over))
+        return amended(overflowing(row), changed=1.0) if skipped else row
 
 
 def _limit(method: ClipMethod | None) -> float:

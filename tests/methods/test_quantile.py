@@ -153,6 +153,24 @@ class TestLevelShifts:
         assert (limits[89, 8], limits[91, 8]) == (1.0, factors[8])
 
 
+class TestScopesThatJoin:
+    @pytest.mark.parametrize("before", [10, 1023, 1024, 1030])
+    def test_they_begin_empty_beside_long_rows(self, before: int) -> None:
+        rows = noisy(before, 2)
+        fed = Fed(QuantileClip(q=0.5, window=None, per="parameter"), ["a", "b"])
+        for row in rows:
+            fed.step(row)
+        grown = Fed(QuantileClip(q=0.5, window=None, per="parameter"), ["new", "b", "a"])
+        grown.clipper.load_state_dict(fed.clipper.state_dict())
+        later = noisy(20, 3, seed=1)
+        limits = grown.limits(later)
+        for i in range(20):
+            expected = [np.median([*rows[:, 1 - k], *later[:i, 1 + k]]) for k in (0, 1)]
+            np.testing.assert_allclose(limits[i, 1:], expected, rtol=1e-13)
+            assert limits[i, 0] == (pytest.approx(np.median(later[:i, 0]), rel=1e-13) if i else math.inf)
+        assert grown.memory["count"].tolist() == [20, before + 20, before + 20]
+
+
 class TestArguments:
     def test_defaults(self) -> None:
         assert dataclasses.asdict(QuantileClip()) == {
