@@ -25,13 +25,11 @@ import cells
 import gather
 import page
 import study
-from intervals import median_interval, wilson
-from noisy_text import NoisyText
+from cells import median_interval, wilson
 from recorder import count_spikes
 from scipy import stats
-from transformer import Transformer
-from wgan_data import DIRECTIONS, DigitSamples, sliced_distance
-from wgan_model import WGAN
+from transformer import NoisyText, Transformer
+from wgan import DIRECTIONS, WGAN, DigitSamples, sliced_distance
 
 from lightning_gradclip import GradientClipping, NormClip
 from lightning_gradclip.report.advice import proposals

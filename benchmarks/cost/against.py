@@ -4,10 +4,10 @@
     python benchmarks/cost/against.py OLD NEW --only 'AGC|ViT' --rounds 100 --threads 2
     python benchmarks/cost/against.py . .                          # what the same code differs from itself
 
-Two processes, one for each checkout, time the same cases in turn, many short rounds: all that is clipped in clip.py,
-fits of a Trainer and FSDP2. The cases are those that lie beside this file, and use public names only. A ratio is taken
-within each round, so that what slows the machine for a while slows both; each time another one begins. Processes differ
-too, by where their memory lies: the rounds are divided among several pairs of them.
+Two processes, one for each checkout, time the same cases in turn, many short rounds: steps of each method, fits of a
+Trainer and FSDP2. The cases are those that lie beside this file, and use public names only. A ratio is taken within
+each round, so that what slows the machine for a while slows both; a word marks it where 1 lies outside the quartiles.
+Where memory lies makes a difference too: there are several pairs of processes, and each case is made several times.
 """
 
 import argparse
@@ -18,22 +18,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import cases
 import sharded
 import torch
-import trainer
 from timing import Case, Times, calls_within, micros, ratio, shown, table, timed
 
 import lightning_gradclip
 from lightning_gradclip import GradientClipping, NormClip
 
-PAIRS = 4
+HEAD = ["row", "old, us", "new, us", "CPU time, new / old", "least / least", "wall time, new / old"]
+# Pairs of processes, and how often the case of a row is made among them.
+PAIRS, MADE = 4, 8
 # Of fits and of processes that start, which take a second, one round in so many.
 SELDOM = 2
 # Given a number of calls, microseconds per call: CPU time and wall time.
@@ -60,6 +62,9 @@ def stepping(make: Callable[[], Case]) -> tuple[Sample, int]:
 
 def fitting(layers: int, **options: Any) -> tuple[Sample, int]:
     """A step in a Trainer: the median of the stretches of a fit."""
+    import trainer  # and with it Lightning, in a second that other rows need not wait
+
+    trainer.quieten()
 
     def sample(calls: int) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -86,15 +91,18 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": str(checkout)}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
-        self._checkout = checkout
 
     def ask(self, question: object) -> None:
         self._process.stdin.write(f"{json.dumps(question)}\n")
         self._process.stdin.flush()
 
     def answer(self) -> Any:
-        """None where it failed, which its own standard error tells about."""
+        """None where a row has ended, or failed, which its own standard error tells about."""
         return json.loads(self._process.stdout.readline() or "null")
+
+    def finish(self) -> None:
+        self.ask(None)
+        self.answer()
 
     def stop(self) -> None:
         self._process.stdin.close()
@@ -102,43 +110,44 @@ class Worker:
 
 
 def serve(checkout: Path, threads: int) -> None:
-    """Answer each row with a number of calls, then each number of calls with the time of one, until told to stop."""
+    """Say that all is imported; then answer each row with a number of calls, and each such number with a time."""
     answers, sys.stdout = sys.stdout, sys.stderr
     found = Path(lightning_gradclip.__file__)
     if not found.is_relative_to(checkout):
-        sys.exit(f"{checkout} holds no lightning_gradclip; {found} was imported")
+        sys.exit(f"{found} was imported in place of the package in {checkout}")
+    print("true", file=answers, flush=True)
     for line in sys.stdin:
         # A child for each row: what it leaves in memory, or a fault, is gone with it.
         if child := os.fork():
-            if os.waitpid(child, 0)[1]:
-                print("null", file=answers, flush=True)
-            continue
-        time_row(json.loads(line), threads, answers)
-        answers.flush()
-        os._exit(0)
+            os.waitpid(child, 0)
+            print("null", file=answers, flush=True)
+        else:
+            time_row(json.loads(line), threads, answers)
+            return
 
 
 def time_row(row: str, threads: int, answers: TextIO) -> None:
-    trainer.quieten()
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     sample, calls = rows()[row]()
     print(calls, file=answers, flush=True)
-    while asked := json.loads(sys.stdin.readline()):
+    while asked := json.loads(sys.stdin.readline() or "null"):
         print(json.dumps(sample(asked)), file=answers, flush=True)
 
 
 def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Times] | None:
     """The times of the old and the new, round by round; None where one of them has no such row."""
     times = [Times(), Times()]
-    for workers in pairs:
+    chunks = min(MADE, rounds)
+    for workers in islice(cycle(pairs), chunks):
         for worker in workers:
             worker.ask(row)
         calls = {worker: found for worker in workers if (found := worker.answer())}
         if len(calls) == len(workers):
-            alternate(workers, times, max(calls.values()), rounds // len(pairs))
+            alternate(workers, times, max(calls.values()), rounds // chunks)
         for worker in calls:
-            worker.ask(None)
+            worker.finish()
         if len(calls) < len(workers):
             return None
     return times
@@ -146,7 +155,7 @@ def compare(row: str, pairs: Sequence[Sequence[Worker]], rounds: int) -> list[Ti
 
 def alternate(workers: Sequence[Worker], times: Sequence[Times], calls: int, rounds: int) -> None:
     turns = list(zip(workers, times, strict=True))
-    for _ in range(max(1, rounds)):
+    for _ in range(rounds):
         for worker, one in turns:
             worker.ask(calls)
             one.add(*worker.answer())
@@ -162,7 +171,8 @@ def told(new: Sequence[float], old: Sequence[float]) -> str:
 
 
 def cells(old: Times, new: Times) -> list[str]:
-    return [micros(old.cpu), micros(new.cpu), told(new.cpu, old.cpu), told(new.wall, old.wall)]
+    least = f"{min(new.cpu) / min(old.cpu):.2f}"
+    return [micros(old.cpu), micros(new.cpu), told(new.cpu, old.cpu), least, told(new.wall, old.wall)]
 
 
 def commit(checkout: Path) -> str:
@@ -184,17 +194,23 @@ def main() -> None:
     checkouts = [given.old.resolve(), given.new.resolve()]
     if given.serve:
         return serve(checkouts[0], given.threads)
+    for checkout in checkouts:
+        if not (checkout / "lightning_gradclip").is_dir():
+            parser.error(f"{checkout} is no checkout: it holds no folder lightning_gradclip")
     names = [name for name in rows() if re.search(given.only, name)]
     if not names:
         parser.error(f"no row matches {given.only!r}; there are: {'; '.join(rows())}")
     for name, checkout in zip(("old", "new"), checkouts, strict=True):
         print(f"{name}: {checkout} at {commit(checkout)}")
     print(f"threads {given.threads}, rounds {given.rounds}, load {os.getloadavg()[0]:.1f}; quartiles in brackets\n")
-    print(table(["row", "old, us", "new, us", "CPU time, new / old", "wall time, new / old"], []), end="", flush=True)
-    pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(PAIRS)]
+    print(table(HEAD, []), end="", flush=True)
+    pairs = [[Worker(checkout, given.threads) for checkout in checkouts] for _ in range(min(PAIRS, given.rounds))]
+    for worker in chain(*pairs):
+        if not worker.answer():
+            sys.exit("a process has not started; above is why")
     for name in names:
-        times = compare(name, pairs, given.rounds // SELDOM if is_seldom(name) else given.rounds)
-        print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', '', '', ''])])} |", flush=True)
+        times = compare(name, pairs, max(1, given.rounds // SELDOM) if is_seldom(name) else given.rounds)
+        print(f"| {' | '.join([name, *(cells(*times) if times else ['not in both', *[''] * 4])])} |", flush=True)
     for worker in chain(*pairs):
         worker.stop()
     return None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from row import read_rows
+from recorder import read_rows
 
 COLUMNS = (
     *("task", "clipping", "rate", "lr", "seed", "metric", "value", "diverged", "steps", "spikes_per_1000", "clip_rate"),

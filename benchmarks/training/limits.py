@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from row import read_rows
+from recorder import read_rows
 
 DIGITS = 2
 

@@ -10,8 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cells import RATES, Cell, Key, Row, Task, cells_of, clippings, read_results, read_tasks
-from intervals import missed, wilson
+from cells import RATES, Cell, Key, Row, Task, cells_of, clippings, missed, read_results, read_tasks, wilson
 
 NOTHING = "-"
 WORDS = {"comfortable": "comfortable", "aggressive": "aggressive", "too_high": "too high"}

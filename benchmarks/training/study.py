@@ -25,8 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 os.environ["GRADCLIP_EXAMPLES"] = str(Path(__file__).resolve().parents[2] / "examples")
 
 from outcome import in_sweep
-from recorder import Recorder
-from row import clipping_counts, fingerprint, read_row, where, write_row
+from recorder import Recorder, clipping_counts, fingerprint, read_row, where, write_row
 from train import quieten
 
 
