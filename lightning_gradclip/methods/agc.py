@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
+from lightning_gradclip.methods.schedule import MEASURE, Scheduled, scheduled, value_at
 
 _SMALLEST = 1e-6
 
@@ -56,12 +56,9 @@ class AGC(ClipMethod):
     per: str = "unit"
 
     def __post_init__(self) -> None:
-        self.clip_factor = scheduled(
-            "clip_factor", self.clip_factor, above=0.0, remedy="to measure without clipping use method=None"
-        )
-        self.eps = checks.number(
-            "eps", self.eps, above=0.0, remedy="without it a unit of zero weights could never learn; the paper has 1e-3"
-        )
+        remedy = "without it a unit of zero weights could never learn; the paper has 1e-3"
+        self.clip_factor = scheduled("clip_factor", self.clip_factor, above=0.0, remedy=MEASURE)
+        self.eps = checks.number("eps", self.eps, above=0.0, remedy=remedy)
         checks.choice("per", self.per, self.scopes)
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:

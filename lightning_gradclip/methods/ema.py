@@ -60,14 +60,11 @@ class EmaClip(ClipMethod):
     per: str = "model"
 
     def __post_init__(self) -> None:
+        remedy, start = "with 1 nothing would be learned after the warm-up", "inf does not clip during the warm-up"
         self.ratio = checks.number("ratio", self.ratio, above=0.0)
-        self.beta = checks.number(
-            "beta", self.beta, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
-        )
+        self.beta = checks.number("beta", self.beta, at_least=0.0, below=1.0, remedy=remedy)
         self.warmup = checks.integer("warmup", self.warmup, at_least=1, remedy="the mean must start from something")
-        self.warmup_max_norm = checks.number(
-            "warmup_max_norm", self.warmup_max_norm, above=0.0, remedy="inf does not clip during the warm-up"
-        )
+        self.warmup_max_norm = checks.number("warmup_max_norm", self.warmup_max_norm, above=0.0, remedy=start)
         checks.choice("per", self.per, self.scopes)
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,6 @@ class ClipMethod(KnownArguments):
 
     def floor(self, step: int) -> float:
         """The size that smaller ones are scaled up to, for rules that may grow a gradient; 0: none is."""
-        del step
         return 0.0
 
     def bounds(self, step: int) -> tuple[float, float]:
@@ -82,7 +81,6 @@ class ClipMethod(KnownArguments):
 
         Called before the first `limit` and whenever scopes join; the result becomes `state`. Default: nothing.
         """
-        del size
         return {}
 
     def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
@@ -110,12 +108,9 @@ class ClipMethod(KnownArguments):
     @property
     def takes_floats(self) -> bool:
         """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
-        for kind in type(self).__mro__:
-            if "on_floats" in vars(kind):
-                return self.on_floats and not self.needs_weight
-            if {"limit", "coef", "floor", "update", "fresh_state"} & vars(kind).keys():
-                return False
-        return False
+        parts = {"on_floats", "limit", "coef", "floor", "update", "fresh_state"}
+        nearest = next(kind for kind in type(self).__mro__ if parts & vars(kind).keys())
+        return "on_floats" in vars(nearest) and self.on_floats and not self.needs_weight
 
     @property
     def adaptive(self) -> bool:
@@ -136,10 +131,7 @@ def coefs_of(method: ClipMethod, size: Number, limit: Number, step: int) -> Numb
     """The factor for each scope, `(S,)`: the method's, and where a size is below the floor what raises it to that."""
     coef = method.coef(size, limit)
     floor = method.floor(step) if method.may_grow else 0.0
-    return raised(coef, size, floor) if floor > 0 else coef
-
-
-def raised(coef: Number, size: Number, floor: float) -> Number:
-    """The factors `coef`, but where a size is between 0 and the floor the one that raises it."""
+    if not floor > 0:
+        return coef
     # A size near the smallest number has no finite factor.
     return where((size > 0) & (size < floor), minimum(divide(floor, size), largest(size)), coef)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, full
-from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
+from lightning_gradclip.methods.schedule import MEASURE, Scheduled, greatest, least, scheduled, value_at
 
 
 @dataclass(kw_only=True)
@@ -53,8 +53,7 @@ class NormClip(ClipMethod):
     statistic: str = "norm"
 
     def __post_init__(self) -> None:
-        measuring = "to measure without clipping use method=None"
-        self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy=measuring)
+        self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy=MEASURE)
         self.min_norm = scheduled("min_norm", self.min_norm, at_least=0.0, remedy="0 scales nothing up")
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
         checks.choice("per", self.per, self.scopes)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
+from lightning_gradclip.methods.schedule import MEASURE, Scheduled, greatest, least, scheduled, value_at
 
 
 @dataclass(kw_only=True)
@@ -50,9 +50,7 @@ class ValueClip(ClipMethod):
 
     def __post_init__(self) -> None:
         if self.min_value is None:
-            self.max_value = scheduled(
-                "max_value", self.max_value, above=0.0, remedy="to measure without clipping use method=None"
-            )
+            self.max_value = scheduled("max_value", self.max_value, above=0.0, remedy=MEASURE)
             return
         between = "the bounds must hold zero between them"
         self.max_value = scheduled("max_value", self.max_value, at_least=0.0, remedy=between)

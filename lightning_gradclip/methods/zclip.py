@@ -36,8 +36,6 @@ from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, Truth, divide, maximum, minimum, real, sqrt, where
 from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
 
-MODES = ("reciprocal", "mean", "max")
-MEMORIES = ("winsorized", "faithful")
 _EPSILON = 1e-6
 # Without noise there would be nothing to winsorize at, and the level could never rise.
 _LEAST_SPREAD = 0.01
@@ -78,16 +76,15 @@ class ZClip(ClipMethod):
     per: str = "model"
 
     def __post_init__(self) -> None:
+        remedy = "with 1 nothing would be learned after the warm-up"
         self.z_threshold = checks.number("z_threshold", self.z_threshold, above=0.0)
-        self.alpha = checks.number(
-            "alpha", self.alpha, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
-        )
+        self.alpha = checks.number("alpha", self.alpha, at_least=0.0, below=1.0, remedy=remedy)
         self.warmup = checks.integer("warmup", self.warmup, at_least=2, remedy="one norm has no variance")
-        checks.choice("mode", self.mode, MODES)
+        checks.choice("mode", self.mode, ("reciprocal", "mean", "max"))
         self.clip_factor = checks.number("clip_factor", self.clip_factor, above=0.0, finite=True)
         if self.max_norm is not None:
             self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy="None sets no limit of this kind")
-        checks.choice("memory", self.memory, MEMORIES)
+        checks.choice("memory", self.memory, ("winsorized", "faithful"))
         checks.choice("per", self.per, self.scopes)
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
