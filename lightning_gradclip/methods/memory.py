@@ -5,9 +5,8 @@ into its float twin, `LastFloats` or `AllFloats`, which does the same at a fract
 """
 
 import math
-from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,13 +21,12 @@ State = Mapping[str, Any]
 RECENT = 1024
 
 
-class Memory(ABC):
-    """What both memories have in common: functions over the state, which the method holds.
-
-    Tensors of a state are never written to; a float twin is, so that a state which was pushed to is lost.
-    """
+class Memory:
+    """Functions over a state, which the method holds. Tensors of it are never written to; its float twin is."""
 
     twin: ClassVar[type[Any]]
+    _pushed: ClassVar[Callable[[State, Tensor, Tensor], State]]
+    _quantile: ClassVar[Callable[[State, float], Tensor]]
 
     @classmethod
     def in_floats(cls, state: State) -> State:
@@ -56,31 +54,16 @@ class Memory(ABC):
 
     @classmethod
     def quantile(cls, state: State, q: float, current: Number = None) -> Number:
-        """The q-quantile of what is remembered, by linear interpolation, `(S,)`; +inf where there is nothing.
-
-        With `current`, sizes `(S,)`, of what is remembered after them.
-        """
+        """The q-quantile of what is remembered, after `current` if given, interpolated, `(S,)`; +inf of nothing."""
         if "floats" in state:
             return state["floats"].quantile(q, current if current is not None and 0 < current < math.inf else None)
         if current is not None:
             state = cls._pushed(state, current, torch.isfinite(current) & (current > 0))
         return cls._quantile(state, q)
 
-    @staticmethod
-    @abstractmethod
-    def _pushed(state: State, size: Tensor, active: Tensor) -> dict[str, Tensor]: ...
-
-    @staticmethod
-    @abstractmethod
-    def _quantile(state: State, q: float) -> Tensor: ...
-
 
 class LastFloats:
-    """The last sizes of one scope: in a ring, and sorted, so that a step inserts one and takes one out.
-
-    Args:
-        state: That of `LastSizes` with one row.
-    """
+    """The last sizes of one scope: in a ring, and sorted, so that a step inserts one and takes one out."""
 
     def __init__(self, state: State) -> None:
         (self._ring,), self.count = state["ring"].tolist(), state["count"].item()
@@ -135,8 +118,7 @@ class LastSizes(Memory):
     @staticmethod
     def fresh(size: Tensor, length: int) -> dict[str, Tensor]:
         """Rings that are empty, one for each scope in `size`, `(S,)`."""
-        ring = size.new_full((len(size), length), math.inf)
-        return {"ring": ring, "count": torch.zeros_like(size, dtype=torch.long)}
+        return {"ring": size.new_full((len(size), length), math.inf), "count": torch.zeros_like(size, dtype=torch.long)}
 
     @staticmethod
     def mean_and_std(state: State) -> tuple[Number, Number]:
@@ -181,9 +163,6 @@ class AllFloats:
     """All sizes of one scope: sorted in a long array, and in a short list that is merged into it when it is full.
 
     Inserting into one sorted list would move megabytes in a long run. An order statistic of both is found by bisection.
-
-    Args:
-        state: That of `AllSizes` with one row.
     """
 
     def __init__(self, state: State) -> None:
@@ -236,9 +215,8 @@ class AllFloats:
 class AllSizes(Memory):
     """All sizes of each scope since the start: eight bytes a step and scope.
 
-    Sorting everything at each step would cost more and more. The sizes lie in a long sorted row and a short unsorted
-    one that is merged into it when it is full: an order statistic of both is found by sorting the short row with as
-    many neighbours of its place in the long one.
+    As sorting everything would cost more and more, a short unsorted row is merged into a long sorted one when it is full.
+    An order statistic of both is found by sorting the short row with as many neighbours of its place in the long one.
 
     The state is `sorted`, `(S, N)`, and `recent`, `(S, M)` with M < 1024, where +inf stands for no size; and `count`,
     `(S,)`, the sizes in both.
@@ -273,14 +251,16 @@ class AllSizes(Memory):
         # With M recent sizes, the one of rank k in both is recent or at one of the places k - M to k of the long row.
         first = (position.floor() - recent.shape[1]).clamp_min(0)
         places = first.long()[:, None] + torch.arange(recent.shape[1] + 2, device=recent.device)
-        ordered = torch.cat((_at(long, places), recent), dim=1).sort(dim=1).values
-        return _interpolated(ordered, position - first, count)
+        if width := long.shape[1]:
+            near = torch.where(places < width, long.gather(1, places.clamp_max(width - 1)), math.inf)
+        else:
+            near = recent.new_full(places.shape, math.inf)
+        return _interpolated(torch.cat((near, recent), dim=1).sort(dim=1).values, position - first, count)
 
 
 def _place(q: float, count: int) -> tuple[int, float]:
     """The rank, from 0, of the last of `count` sizes up to the q-quantile, and the share of the way to the next."""
-    position = q * (count - 1)
-    rank = int(position)
+    rank = int(position := q * (count - 1))
     return rank, position - rank
 
 
@@ -311,11 +291,3 @@ def _quantile_of_full(rows: Tensor, q: float) -> Tensor:
         return _between(top[:, -1], top[:, max(-2, -top.shape[1])], share)
     bottom = rows.topk(min(rank + 2, count), dim=1, largest=False).values
     return _between(bottom[:, rank], bottom[:, -1], share)
-
-
-def _at(rows: Tensor, places: Tensor) -> Tensor:
-    """The entries at these places, `(S, K)`; +inf beyond the end."""
-    width = rows.shape[1]
-    if width == 0:
-        return rows.new_full(places.shape, math.inf)
-    return torch.where(places < width, rows.gather(1, places.clamp_max(width - 1)), math.inf)

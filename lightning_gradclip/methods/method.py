@@ -20,10 +20,10 @@ def _row(value: float) -> Tensor:
 class ClipMethod(KnownArguments):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
-    A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting
-    parameters, measuring, reducing over ranks, guarding against non-finite values, writing, logging and saving are
-    shared. Shapes below: `S` is the number of scopes; all sizes are global (already reduced over ranks), float64
-    (float32 on devices without it) and on the gradients' device.
+    A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting,
+    measuring, reducing over ranks, guarding against non-finite values, writing, logging and saving are shared. `S` is
+    the number of scopes; sizes are global (reduced over ranks), float64 (float32 on devices without it) and on the
+    gradients' device.
 
     Attributes:
         per: Where to measure: "model", "group", "layer" or "parameter"; "unit" for each slice of a weight along dim 0

@@ -19,7 +19,7 @@ MEASURE = "to measure without clipping use method=None"
 
 def scheduled(name: str, value: object, **bounds: Any) -> Scheduled:
     """Check a constant or a schedule by `checks.number`, and return a plain float or a plain dict sorted by step."""
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Real):
         return checks.number(name, value, **bounds)
     if not isinstance(value, Mapping):
         kinds = "a number or a schedule such as {0: 10.0, 1000: 1.0}"
