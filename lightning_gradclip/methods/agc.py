@@ -10,11 +10,9 @@ Normalization", ICML 2021, section 4.1, equation 3; as `timm.utils.agc.adaptive_
 
 Deviations: norms are accumulated in float32 or wider where timm stays in float16 or bfloat16. per="parameter" is
 ours. Nothing is left out by position: exclude the final classifier by its name, exclude="head.*", as the paper
-recommends. (In optax the outputs are on the last dim, as JAX lays them out.)
-
-Exclude scalar gains that start at zero (SkipInit) as well: `eps` lets them learn, in steps of clip_factor * eps times
-the learning rate. So too transposed convolutions, or use per="parameter": their outputs are on dim 1, and the rule over
-dim 0 limits by inputs, as timm's does.
+recommends. (In optax the outputs are on the last dim, as JAX lays them out.) Exclude scalar gains that start at zero
+(SkipInit) as well: `eps` lets them learn, in steps of clip_factor * eps times the learning rate. So too transposed
+convolutions, or use per="parameter": their outputs are on dim 1, and the rule over dim 0 limits by inputs, as timm's.
 
 Suggested values: clip_factor 0.01 at batch size 4096, larger ones at smaller batches, where the paper tries up to
 0.16; eps 1e-3 (Brock et al., section 4.1). They train with SGD and Nesterov momentum.
@@ -34,9 +32,9 @@ class AGC(ClipMethod):
     """Scale down the gradients of units that are large beside the units' weights.
 
     Args:
-        clip_factor: Largest ratio of gradient norm to weight norm, > 0; values near 0 tie every step to the size of
-            the weights, inf never clips. A mapping from optimizer step to value, such as {0: 0.001, 1000: 0.01}, is
-            interpolated linearly.
+        clip_factor: Largest ratio of gradient norm to weight norm, > 0; values near 0 tie every step to the weights,
+            inf never clips. A mapping from optimizer step to value, as {0: 0.001, 1000: 0.01}, is interpolated
+            linearly.
         eps: The weight norm counts as at least this, > 0, so that units initialised with zeros can learn.
         per: "unit": each output of a layer by itself; "parameter": each tensor.
 

@@ -70,18 +70,15 @@ class LastFloats:
         self._sorted = sorted(self._ring[: self.count])
 
     def rows(self) -> dict[str, Tensor]:
-        """The state of `LastSizes`."""
         ring = torch.tensor([self._ring], dtype=torch.float64, device="cpu")
         return {"ring": ring, "count": torch.tensor([self.count], device="cpu")}
 
     def push(self, size: float) -> None:
-        """Remember one more; the oldest makes room."""
         self._insert(size, self._sorted)
         self._ring[self.count % len(self._ring)] = size
         self.count += 1
 
     def quantile(self, q: float, current: float | None = None) -> float:
-        """The q-quantile, after remembering `current` if given; +inf of nothing."""
         ordered = self._sorted
         if current is not None:
             self._insert(current, ordered := ordered.copy())
@@ -156,7 +153,7 @@ class LastSizes(Memory):
             least, most = torch.aminmax(filled) if len(filled) > 1 else (filled, filled)
             if 0 < (count := int(least.item())) == int(most.item()):
                 return _quantile_of_full(ring[:, :count], q)
-        return _interpolated(ring.sort(dim=1).values, _position(q, filled, ring.dtype), filled)
+        return _interpolated(ring.sort(dim=1).values, q * (filled - 1).clamp_min(0).to(ring.dtype), filled)
 
 
 class AllFloats:
@@ -172,7 +169,6 @@ class AllFloats:
 
     @property
     def count(self) -> int:
-        """How many sizes are remembered."""
         return len(self._long) + len(self._recent)
 
     def rows(self) -> dict[str, Tensor]:
@@ -184,42 +180,32 @@ class AllFloats:
         }
 
     def push(self, size: float) -> None:
-        """Remember one more."""
         insort(self._recent, size)
         if len(self._recent) == RECENT:
             self._long = np.insert(self._long, np.searchsorted(self._long, self._recent), self._recent)
             self._recent = []
 
     def quantile(self, q: float, current: float | None = None) -> float:
-        """The q-quantile, after remembering `current` if given; +inf of nothing."""
-        recent = self._recent
+        long, recent = self._long, self._recent
         if current is not None:
             insort(recent := recent.copy(), current)
-        count = len(self._long) + len(recent)
-        if not count:
+        if not (count := len(long) + len(recent)):
             return math.inf
         rank, share = _place(q, count)
-        return _between(*self._neighbours(rank, recent), share)
-
-    def _neighbours(self, rank: int, recent: list[float]) -> tuple[float, float]:
-        """The sizes of this rank, from 0, and the next in both rows together; of the last one twice the same."""
-        long = self._long
-        possible = range(max(0, rank - len(long)), min(rank, len(recent)))
         # How many recent sizes come before the rank: the fewest of which the next is not below the last long one.
-        found = bisect_left(possible, True, key=lambda taken: bool(long[rank - taken - 1] <= recent[taken]))
-        taken = possible.start + found
+        least, most = max(0, rank - len(long)), min(rank, len(recent))
+        taken = bisect_left(range(most), True, least, most, key=lambda i: bool(long[rank - i - 1] <= recent[i]))
         follow = sorted((*long[rank - taken : rank - taken + 2].tolist(), *recent[taken : taken + 2]))
-        return follow[0], follow[:2][-1]
+        return _between(follow[0], follow[:2][-1], share)
 
 
 class AllSizes(Memory):
     """All sizes of each scope since the start: eight bytes a step and scope.
 
-    As sorting everything would cost more and more, a short unsorted row is merged into a long sorted one when it is full.
+    Sorting everything would cost more and more: a short unsorted row is merged into a long sorted one when it is full.
     An order statistic of both is found by sorting the short row with as many neighbours of its place in the long one.
 
-    The state is `sorted`, `(S, N)`, and `recent`, `(S, M)` with M < 1024, where +inf stands for no size; and `count`,
-    `(S,)`, the sizes in both.
+    The state is `sorted`, `(S, N)`, and `recent`, `(S, M)`, M < 1024, with +inf for no size, and `count`, `(S,)`.
     """
 
     twin = AllFloats
@@ -247,7 +233,7 @@ class AllSizes(Memory):
     @staticmethod
     def _quantile(state: State, q: float) -> Tensor:
         long, recent, count = state["sorted"], state["recent"], state["count"]
-        position = _position(q, count, recent.dtype)
+        position = q * (count - 1).clamp_min(0).to(recent.dtype)
         # With M recent sizes, the one of rank k in both is recent or at one of the places k - M to k of the long row.
         first = (position.floor() - recent.shape[1]).clamp_min(0)
         places = first.long()[:, None] + torch.arange(recent.shape[1] + 2, device=recent.device)
@@ -262,11 +248,6 @@ def _place(q: float, count: int) -> tuple[int, float]:
     """The rank, from 0, of the last of `count` sizes up to the q-quantile, and the share of the way to the next."""
     rank = int(position := q * (count - 1))
     return rank, position - rank
-
-
-def _position(q: float, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rank of the q-quantile of `count` sizes, `(S,)`, mostly between two."""
-    return q * (count - 1).clamp_min(0).to(dtype)
 
 
 def _between(low: Number, high: Number, share: Number) -> Number:

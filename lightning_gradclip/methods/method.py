@@ -20,10 +20,9 @@ def _row(value: float) -> Tensor:
 class ClipMethod(KnownArguments):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
-    A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting,
-    measuring, reducing over ranks, guarding against non-finite values, writing, logging and saving are shared. `S` is
-    the number of scopes; sizes are global (reduced over ranks), float64 (float32 on devices without it) and on the
-    gradients' device.
+    A method answers sizes with limits. It never sees a gradient, a rank, a logger or Lightning: selecting, measuring,
+    reducing over ranks, guarding against non-finite values, writing, logging and saving are shared. `S` is the number
+    of scopes; sizes are global (reduced over ranks), float64 (float32 on devices without it), where gradients are.
 
     Attributes:
         per: Where to measure: "model", "group", "layer" or "parameter"; "unit" for each slice of a weight along dim 0
@@ -34,9 +33,8 @@ class ClipMethod(KnownArguments):
         may_grow: Whether a gradient may be scaled up.
         needs_weight: Whether `limit` wants the sizes of the weights.
         epsilon: What `coef` adds to the size before dividing by it.
-        on_floats: Whether `limit`, `coef` and `update` as this class defines them take a plain float, and True for
-            `active`, where one scope is on CPU: it saves time there, and is for rules written with
-            `lightning_gradclip.arithmetic`.
+        on_floats: Whether `limit`, `coef` and `update` as this class defines them take plain floats, and True for
+            `active`, where one scope is on CPU, to save time: for rules written with `lightning_gradclip.arithmetic`.
         state: Learned values, each of shape `(S, ...)`; see `fresh_state`. Floats and ints for a rule on floats.
     """
 

@@ -1,7 +1,10 @@
 """Clipping at a quantile of past norms: the largest few per cent of the steps are cut, whatever their scale.
 
 Rule: with h the sizes of a scope in earlier steps, the limit is the q-quantile of h by linear interpolation; none
-before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first.
+before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first. A
+lasting shift of the level, by any factor, is followed within `window` steps, with window=None within as many as there
+were: after (1 - q) * window of them and one more the limit is a norm of the new level (q * window downward), after all
+of them its q-quantile.
 
 Source: P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
 Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `autoclip`). With the defaults it is
@@ -10,10 +13,6 @@ Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `aut
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN makes the published
 implementations produce NaN gradients from then on. No 1e-6 is added to the size before dividing. With window=None all
 sizes are kept, 8 bytes a step and scope, and the quantile stays exact at a cost per step that hardly grows.
-
-A lasting shift of the level, by any factor, is followed within `window` steps: after (1 - q) * window of them and one
-more the limit is a norm of the new level (q * window downward), after all of them its q-quantile. With window=None
-replace window by the number of steps so far.
 
 Suggested values: q 0.9 cuts the largest tenth. AutoClip's q 0.10 cuts nine steps of ten, by design: it is closer to
 normalization than to clipping (Seetharaman et al., for source separation with Adam).
@@ -34,8 +33,7 @@ class QuantileClip(ClipMethod):
     """Scale gradients down when their norm exceeds a quantile of the norms so far.
 
     Args:
-        q: The quantile, in [0, 1]: 0.9 limits to what nine tenths of the remembered norms stay within, 0 to the
-            smallest of them, 1 to the largest.
+        q: The quantile of remembered norms, in [0, 1]: nine tenths are within 0.9; 0 is the smallest, 1 the largest.
         window: How many norms are remembered, >= 1; None: all of them, exactly, which takes 8 bytes a step and scope.
         include_current: Whether this step's norm counts before the quantile is taken.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".

@@ -13,8 +13,7 @@ from typing import Any, cast
 from lightning_gradclip import checks
 
 Scheduled = float | dict[int, float]
-# For what limits gradients.
-MEASURE = "to measure without clipping use method=None"
+MEASURE = "to measure without clipping use method=None"  # the remedy where a limit is refused
 
 
 def scheduled(name: str, value: object, **bounds: Any) -> Scheduled:

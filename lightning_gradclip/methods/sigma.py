@@ -1,19 +1,16 @@
 """Clipping at k standard deviations above the mean of the last norms.
 
-Rule: with m and s the mean and the sample standard deviation (over n - 1) of a scope's last `window` sizes, this
-step's not among them, the limit is m + k * s; none before `warmup` sizes were seen.
+Rule: with m and s the mean and the sample standard deviation (over n - 1) of a scope's last `window` sizes, this step's
+not among them, the limit is m + k * s; none before `warmup` sizes were seen. A spike in the window raises m and s
+itself: with more than one in 1 + k**2 sizes the rule stops seeing them.
 
 Source: the rule by which OLMo-core's `SkipStepOptimizer` drops steps (Team OLMo, "2 OLMo 2 Furious", 2025; there for
-loss and gradient norm): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision
-for the norm.
+the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
 published rule until it has left the window (some versions of OLMo-core leave it out as well). Sizes are remembered
 as they were measured, also of steps that were clipped or dropped, so that a lasting shift is followed once it fills
 the window, within `window` steps. `max_consecutive_skips` ends a run that is dropped step after step.
-
-A spike that is in the window raises m and s itself: with more than one spike in 1 + k**2 sizes the rule stops seeing
-them.
 
 Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
 """

@@ -128,7 +128,6 @@ class Names:
 
     def select(self, optimizer: Optimizer | None) -> Selection:
         """The parameters of the optimizer, or without one of the module, that the patterns admit."""
-        groups: Sequence[Mapping[str, Any]]
         groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
         labels = _group_names(groups)
         chosen: dict[int, tuple[Tensor, str, str]] = {}

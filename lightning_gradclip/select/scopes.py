@@ -57,7 +57,6 @@ class Units:
 
     @staticmethod
     def of(names: Sequence[str], params: Sequence[Tensor]) -> "Units":
-        """The units of these parameters."""
         return Units(tuple(names), tuple(params))
 
     @cached_property
