@@ -32,9 +32,8 @@ class AGC(ClipMethod):
     """Scale down the gradients of units that are large beside the units' weights.
 
     Args:
-        clip_factor: Largest ratio of gradient norm to weight norm, > 0; values near 0 tie every step to the weights,
-            inf never clips. A mapping from optimizer step to value, as {0: 0.001, 1000: 0.01}, is interpolated
-            linearly.
+        clip_factor: Largest ratio of gradient norm to weight norm, > 0; near 0 every step is tied to the weights, inf
+            never clips. A mapping from optimizer step to value, as {0: 0.001, 1000: 0.01}, is interpolated linearly.
         eps: The weight norm counts as at least this, > 0, so that units initialised with zeros can learn.
         per: "unit": each output of a layer by itself; "parameter": each tensor.
 

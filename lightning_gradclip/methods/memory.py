@@ -119,11 +119,9 @@ class LastSizes(Memory):
 
     @staticmethod
     def mean_and_std(state: State) -> tuple[Number, Number]:
-        """Mean and sample standard deviation (over n - 1), `(S,)` each; at least two sizes must be remembered.
-
-        Those of floats are summed exactly and may differ from those of tensors in the last digit.
-        """
+        """Mean and sample standard deviation (over n - 1), `(S,)` each; at least two sizes must be remembered."""
         if "floats" in state:
+            # Summed exactly: they may differ from those of tensors in the last digit.
             return state["floats"].mean_and_std()
         ring, length = state["ring"], state["ring"].shape[1]
         filled = state["count"].clamp_max(length)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.checks import KnownArguments
-from lightning_gradclip.methods.numbers import Number, divide, full, largest, minimum, where
+from lightning_gradclip.methods.memory import Memory
+from lightning_gradclip.methods.numbers import Number, Truth, divide, full, largest, minimum, where
 
 
 def _row(value: float) -> Tensor:
@@ -114,6 +115,21 @@ class ClipMethod(KnownArguments):
     def adaptive(self) -> bool:
         """Whether the limit is learned from the run."""
         return type(self).update is not ClipMethod.update
+
+
+class Remembering(ClipMethod):
+    """A rule about remembered sizes: its state is that of a memory."""
+
+    _memory: type[Memory]
+
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
+        self.state = self._memory.pushed(self.state, size, active)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._memory.rows(self.state)
+
+    def to_floats(self) -> None:
+        self.state = self._memory.in_floats(self.state)
 
 
 class Unlimited(ClipMethod):

@@ -10,8 +10,7 @@ descent), has smoothing 0; per="layer" is that by blocks of A. W. Yu et al., "Bl
 Deviations: scopes whose gradient is exactly zero stay as they are.
 
 Suggested values: target 1.0, with a learning rate for steps of that length. Where `smoothing` is far above the usual
-norm the method multiplies by the constant target / smoothing; far below, vanishing gradients get full length with
-noise.
+norm the method multiplies by the constant target / smoothing; far below, vanishing gradients and noise get full length.
 """
 
 from dataclasses import dataclass

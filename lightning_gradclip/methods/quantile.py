@@ -24,12 +24,12 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.memory import AllSizes, LastSizes
-from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.numbers import Number, Truth
+from lightning_gradclip.methods.method import Remembering
+from lightning_gradclip.methods.numbers import Number
 
 
 @dataclass(kw_only=True)
-class QuantileClip(ClipMethod):
+class QuantileClip(Remembering):
     """Scale gradients down when their norm exceeds a quantile of the norms so far.
 
     Args:
@@ -57,6 +57,7 @@ class QuantileClip(ClipMethod):
         self.q = checks.number("q", self.q, at_least=0.0, at_most=1.0, remedy="0.9 stands for the 90th percentile")
         if self.window is not None:
             self.window = checks.integer("window", self.window, at_least=1, remedy="None remembers all norms")
+        self._memory = AllSizes if self.window is None else LastSizes
         checks.flag("include_current", self.include_current)
         checks.choice("per", self.per, self.scopes)
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
@@ -68,16 +69,3 @@ class QuantileClip(ClipMethod):
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return self._memory.quantile(self.state, self.q, size if self.include_current else None)
-
-    def update(self, size: Number, limit: Number, active: Truth) -> None:
-        self.state = self._memory.pushed(self.state, size, active)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._memory.rows(self.state)
-
-    def to_floats(self) -> None:
-        self.state = self._memory.in_floats(self.state)
-
-    @property
-    def _memory(self) -> type[AllSizes | LastSizes]:
-        return AllSizes if self.window is None else LastSizes

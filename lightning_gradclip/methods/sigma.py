@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.memory import LastSizes
-from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.numbers import Number, Truth, where
+from lightning_gradclip.methods.method import Remembering
+from lightning_gradclip.methods.numbers import Number, where
 
 
 @dataclass(kw_only=True)
-class SigmaClip(ClipMethod):
+class SigmaClip(Remembering):
     """Scale gradients down when their norm exceeds mean + `k` standard deviations of the last norms.
 
     Args:
@@ -44,6 +44,7 @@ class SigmaClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
+    _memory = LastSizes
 
     k: float = 3.0
     window: int = 128
@@ -69,12 +70,3 @@ class SigmaClip(ClipMethod):
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         mean, std = LastSizes.mean_and_std(self.state)
         return where(LastSizes.count(self.state) >= self.warmup, mean + self.k * std, math.inf)
-
-    def update(self, size: Number, limit: Number, active: Truth) -> None:
-        self.state = LastSizes.pushed(self.state, size, active)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return LastSizes.rows(self.state)
-
-    def to_floats(self) -> None:
-        self.state = LastSizes.in_floats(self.state)

@@ -21,8 +21,7 @@ ten times the level within 100 steps. Sizes that are not finite, or exactly zero
 one infinite norm during the warm-up, disables the published implementation for good. `clip_factor` has no effect on
 "mean" and "max" there. The 1e-6 is theirs: where norms are far below it, "reciprocal" and "mean" see no spikes.
 
-Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., language models, 1B parameters, learning rate
-3e-3).
+Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al.: 1B language models, learning rate of 3e-3).
 """
 
 import math
@@ -47,9 +46,8 @@ class ZClip(ClipMethod):
         warmup: How many norms give the first mean and variance, >= 2; nothing but `max_norm` limits until then.
         mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; "max", the largest that is none.
         clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
-        max_norm: Limit that always holds, > 0; None: none. A mapping of optimizer step to value is interpolated
-            linearly.
-        memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", its limit as
+        max_norm: A limit that always holds, > 0; None: none. A mapping of step to value is interpolated linearly.
+        memory: What is remembered of a spike: "winsorized", the largest that is none; "faithful", its limit as
             published.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
 

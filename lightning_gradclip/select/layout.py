@@ -35,11 +35,7 @@ class Layout:
 
 
 def layouts(names: Sequence[str], params: Sequence[Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
-    """The layout of each parameter, for which FSDP's have to be found in the module: they do not know who shares them.
-
-    Raises:
-        ValueError: If a parameter was flattened by FSDP and the module is not known or does not hold it.
-    """
+    """The layout of each parameter; those that FSDP has flattened are refused unless the module holds them."""
     flat = {} if module is None else _flattened(module)
     return tuple(_layout(name, parameter, flat) for name, parameter in zip(names, params, strict=True))
 

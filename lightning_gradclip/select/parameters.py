@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,10 +54,7 @@ class Selection:
         return False
 
     def gradients(self) -> list[Tensor | None]:
-        """What this rank holds of the gradient of each parameter, None where absent.
-
-        Gradients that are still to be added up over ranks are added up, by a collective for each.
-        """
+        """What this rank holds of each gradient, None where absent; what is still to be added up over ranks is, each."""
         if not self.is_distributed:
             return [parameter.grad for parameter in self.params]
         pairs = ((parameter.grad, parameter) for parameter in self.params)
@@ -69,11 +66,7 @@ class Selection:
         return any(one.distributed for one in self.layouts)
 
     def scopes(self, per: str) -> Scopes:
-        """The scopes of one kind; they do not depend on which gradients are present.
-
-        Raises:
-            ValueError: If FSDP has joined parameters that belong to different scopes.
-        """
+        """The scopes of one kind, whichever gradients are present; refused if FSDP has joined what they are to part."""
         if per in ("model", "element"):
             return Scopes(("model",), (0,) * len(self.params))
         if per == "group":
@@ -87,11 +80,7 @@ class Selection:
         return Scopes.of([name.rpartition(".")[0] or "root" if per == "layer" else name for name in self.names])
 
     def units(self) -> Units:
-        """The output units of all parameters.
-
-        Raises:
-            ValueError: If FSDP has cut through them.
-        """
+        """The output units of all parameters; refused if FSDP has cut through them."""
         cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
         if cut is not None:
             raise ValueError(
@@ -112,12 +101,11 @@ class Names:
         exclude: Sequence[str] = (),
     ) -> None:
         self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
-        if isinstance(named_parameters, nn.Module):
-            named_parameters = named_parameters.named_parameters()
+        given = named_parameters if self._module is None else self._module.named_parameters()
         # The tensors are kept so that their identities stay theirs.
         self._tensors: dict[int, Tensor] = {}
         self._raw: dict[int, str] = {}
-        for name, parameter in _pairs(named_parameters):
+        for name, parameter in _pairs(given):
             self._tensors[id(parameter)] = parameter
             self._raw.setdefault(id(parameter), name)
         self._clean = dict(zip(self._raw, clean_names(list(self._raw.values())), strict=True))
@@ -165,13 +153,13 @@ class Names:
         )
 
 
-def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+def _pairs(given: object) -> Iterable[tuple[str, Tensor]]:
     expected = "named_parameters must be pairs of name and parameter"
     remedy = "write Clipper(model.named_parameters(), ...)"
-    if not isinstance(named_parameters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{expected}, got {named_parameters!r}; {remedy}")
-    for pair in named_parameters:
-        if isinstance(pair, Tensor) or not isinstance(pair[0], str):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{expected}, got {given!r}; {remedy}")
+    for pair in cast("Iterable[Any]", given):
+        if isinstance(pair, Tensor) or not isinstance(pair[0], str):
             raise TypeError(f"{expected}, got a {type(pair).__name__}; {remedy}")
         yield pair
 
