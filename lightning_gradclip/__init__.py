@@ -1,17 +1,17 @@
 """Gradient clipping for Lightning and plain PyTorch.
 
-Importing this package imports neither torch, Lightning nor Hydra: every Hydra application in the
-environment imports it at startup to find the configuration pack. A public name is imported when it
-is first used.
+Importing this package imports neither torch, Lightning nor Hydra: every Hydra application in the environment imports it
+at startup to find the configuration pack. A public name is imported when it is first used.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    # The only list of public names. Type checkers read it as imports, `_public_names` as text.
+    # The only list of public names: type checkers read it as imports, the rest of this file as text.
     from lightning_gradclip.callback import GradientClipping as GradientClipping
     from lightning_gradclip.clipper import Clipper as Clipper
     from lightning_gradclip.methods.agc import AGC as AGC
@@ -30,27 +30,19 @@ if TYPE_CHECKING:
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
 
-    def _public_names():
-        """Map each public name to its module, as written above."""
-        # A frozen application may hold no source; its imports from submodules go on working.
-        source = __spec__.loader.get_source(__name__) or ""
-        words = (line.split() for line in source.splitlines())
-        return {w[3]: w[1] for w in words if w[:1] == ["from"] and w[4:5] == ["as"]}
+    # A frozen application may hold no source; its imports from submodules go on working.
+    _SOURCE = __spec__.loader.get_source(__name__) or ""
+    _MODULE_OF = {w[3]: w[1] for w in map(str.split, _SOURCE.splitlines()) if w[:1] == ["from"] and w[4:5] == ["as"]}
+    __all__ = sorted(_MODULE_OF)
 
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = getattr(import_module(_MODULE_OF[name]), name)
-        globals()[name] = value
-        return value
+        return globals().setdefault(name, getattr(import_module(_MODULE_OF[name]), name))
 
     def __dir__():
         return __all__
 
-    _MODULE_OF = _public_names()
-    __all__ = sorted(_MODULE_OF)
 
 # An installation has `conf` inside the package, a checkout beside it.
 if find_spec(f"{__name__}.conf") is None:

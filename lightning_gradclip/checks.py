@@ -32,16 +32,9 @@ def number(
         result = float(value)
     except OverflowError:
         result = math.nan
-    bounds = [
-        f"{sign} {bound:g}"
-        for sign, bound, kept in (
-            (">", above, result > above),
-            (">=", at_least, result >= at_least),
-            ("<", below, result < below),
-            ("<=", at_most, result <= at_most),
-        )
-        if math.isfinite(bound) and not kept
-    ]
+    kept = (result > above, result >= at_least, result < below, result <= at_most)
+    sides = zip((">", ">=", "<", "<="), (above, at_least, below, at_most), kept, strict=True)
+    bounds = [f"{sign} {bound:g}" for sign, bound, holds in sides if math.isfinite(bound) and not holds]
     if finite and math.isinf(result):
         bounds.append("finite")
     if math.isnan(result) or bounds:
@@ -58,12 +51,10 @@ def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int
     return int(value)
 
 
-def choice(name: str, value: object, allowed: Iterable[str], *, remedy: str = "") -> str:
+def choice(name: str, value: object, allowed: tuple[str, ...], *, remedy: str = "") -> str:
     """Return `value` if it is one of `allowed`, or list what is allowed."""
-    words = tuple(allowed)
-    if value not in words:
-        listed = ", ".join(repr(word) for word in words)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}{_tail(remedy)}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{_tail(remedy)}")
     return str(value)
 
 
@@ -105,15 +96,13 @@ class KnownArguments:
     does. Where the constructor stands, `inspect.signature` goes on showing its arguments.
     """
 
-    def __new__(cls, *args: Any, **arguments: Any) -> "Self":
-        del args
+    def __new__(cls, *_: Any, **arguments: Any) -> "Self":
         parameters = signature(cls.__init__).parameters.values()
         known = [parameter.name for parameter in parameters][1:]
         unknown = [name for name in arguments if name not in known]
         if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-            raise TypeError(
-                f"{cls.__name__} has no argument {', '.join(map(repr, unknown))}; its arguments are {', '.join(known)}"
-            )
+            names = ", ".join(map(repr, unknown))
+            raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
 
 

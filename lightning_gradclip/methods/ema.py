@@ -1,8 +1,9 @@
 """Clipping relative to an exponential mean of past clipped norms.
 
-Rule: after the warm-up the limit of a scope is ratio * gamma, and gamma = beta * gamma + (1 - beta) * v with v the
-size after clipping. During the first `warmup` sizes all scopes share one coefficient, that of clipping their joint
-norm to `warmup_max_norm`, and gamma is the smallest v.
+Rule: after the warm-up the limit of a scope is ratio * gamma, and gamma = beta * gamma + (1 - beta) * v with v the size
+after clipping. During the first `warmup` sizes all scopes share one coefficient, that of clipping their joint norm to
+`warmup_max_norm`, and gamma is the smallest v. The level can rise by (1 - beta) * (ratio - 1) a step: by default a
+lasting shift to twice the level takes about 1,800 steps, to four times 3,600; raise `ratio` or lower `beta` for faster.
 
 Source: G. Wang, S. Li, C. Chen, J. Zeng et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
 Clipping", arXiv 2502.11034, 2025, algorithm 1, which is per="parameter" (the option `adagc`); as
@@ -11,9 +12,6 @@ Clipping", arXiv 2502.11034, 2025, algorithm 1, which is per="parameter" (the op
 Deviations: sizes that are not finite, or exactly zero, are never remembered: in the published implementation a tensor
 whose gradient is zero once during the warm-up (an unused embedding, LoRA's A) gets gamma 0 and never moves again. The
 warm-up counts each scope's own sizes, so that scopes that appear later have one too.
-
-The level can rise by (1 - beta) * (ratio - 1) a step: with the defaults a lasting shift to twice the level is
-followed in about 1,800 steps, to four times in 3,600; raise `ratio` or lower `beta` for faster.
 
 Suggested values: ratio 1.04 (lambda_rel of Wang et al.), beta 0.99, warmup 100, warmup_max_norm 1.0 (lambda_abs, the
 usual limit of language models).
@@ -28,9 +26,6 @@ from torch import Tensor
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, Truth, divide, minimum, together, where
-
-# That of the clipping by norm which the warm-up is.
-_EPSILON = 1e-6
 
 
 @dataclass(kw_only=True)
@@ -60,14 +55,11 @@ class EmaClip(ClipMethod):
     per: str = "model"
 
     def __post_init__(self) -> None:
+        remedy, start = "with 1 nothing would be learned after the warm-up", "inf does not clip during the warm-up"
         self.ratio = checks.number("ratio", self.ratio, above=0.0)
-        self.beta = checks.number(
-            "beta", self.beta, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
-        )
+        self.beta = checks.number("beta", self.beta, at_least=0.0, below=1.0, remedy=remedy)
         self.warmup = checks.integer("warmup", self.warmup, at_least=1, remedy="the mean must start from something")
-        self.warmup_max_norm = checks.number(
-            "warmup_max_norm", self.warmup_max_norm, above=0.0, remedy="inf does not clip during the warm-up"
-        )
+        self.warmup_max_norm = checks.number("warmup_max_norm", self.warmup_max_norm, above=0.0, remedy=start)
         checks.choice("per", self.per, self.scopes)
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
@@ -76,7 +68,8 @@ class EmaClip(ClipMethod):
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         learned = self.ratio * self.state["gamma"]
         joint = together(size)
-        shared = where(joint > self.warmup_max_norm, divide(self.warmup_max_norm, joint + _EPSILON), math.inf)
+        # The 1e-6 is that of the clipping by norm which the warm-up is.
+        shared = where(joint > self.warmup_max_norm, divide(self.warmup_max_norm, joint + 1e-6), math.inf)
         return where(self.state["count"] < self.warmup, size * shared, learned)
 
     def update(self, size: Number, limit: Number, active: Truth) -> None:

@@ -5,9 +5,8 @@ into its float twin, `LastFloats` or `AllFloats`, which does the same at a fract
 """
 
 import math
-from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,13 +21,12 @@ State = Mapping[str, Any]
 RECENT = 1024
 
 
-class Memory(ABC):
-    """What both memories have in common: functions over the state, which the method holds.
-
-    Tensors of a state are never written to; a float twin is, so that a state which was pushed to is lost.
-    """
+class Memory:
+    """Functions over a state, which the method holds. Tensors of it are never written to; its float twin is."""
 
     twin: ClassVar[type[Any]]
+    _pushed: ClassVar[Callable[[State, Tensor, Tensor], State]]
+    _quantile: ClassVar[Callable[[State, float], Tensor]]
 
     @classmethod
     def in_floats(cls, state: State) -> State:
@@ -56,49 +54,31 @@ class Memory(ABC):
 
     @classmethod
     def quantile(cls, state: State, q: float, current: Number = None) -> Number:
-        """The q-quantile of what is remembered, by linear interpolation, `(S,)`; +inf where there is nothing.
-
-        With `current`, sizes `(S,)`, of what is remembered after them.
-        """
+        """The q-quantile of what is remembered, after `current` if given, interpolated, `(S,)`; +inf of nothing."""
         if "floats" in state:
             return state["floats"].quantile(q, current if current is not None and 0 < current < math.inf else None)
         if current is not None:
             state = cls._pushed(state, current, torch.isfinite(current) & (current > 0))
         return cls._quantile(state, q)
 
-    @staticmethod
-    @abstractmethod
-    def _pushed(state: State, size: Tensor, active: Tensor) -> dict[str, Tensor]: ...
-
-    @staticmethod
-    @abstractmethod
-    def _quantile(state: State, q: float) -> Tensor: ...
-
 
 class LastFloats:
-    """The last sizes of one scope: in a ring, and sorted, so that a step inserts one and takes one out.
-
-    Args:
-        state: That of `LastSizes` with one row.
-    """
+    """The last sizes of one scope: in a ring, and sorted, so that a step inserts one and takes one out."""
 
     def __init__(self, state: State) -> None:
         (self._ring,), self.count = state["ring"].tolist(), state["count"].item()
         self._sorted = sorted(self._ring[: self.count])
 
     def rows(self) -> dict[str, Tensor]:
-        """The state of `LastSizes`."""
         ring = torch.tensor([self._ring], dtype=torch.float64, device="cpu")
         return {"ring": ring, "count": torch.tensor([self.count], device="cpu")}
 
     def push(self, size: float) -> None:
-        """Remember one more; the oldest makes room."""
         self._insert(size, self._sorted)
         self._ring[self.count % len(self._ring)] = size
         self.count += 1
 
     def quantile(self, q: float, current: float | None = None) -> float:
-        """The q-quantile, after remembering `current` if given; +inf of nothing."""
         ordered = self._sorted
         if current is not None:
             self._insert(current, ordered := ordered.copy())
@@ -135,16 +115,13 @@ class LastSizes(Memory):
     @staticmethod
     def fresh(size: Tensor, length: int) -> dict[str, Tensor]:
         """Rings that are empty, one for each scope in `size`, `(S,)`."""
-        ring = size.new_full((len(size), length), math.inf)
-        return {"ring": ring, "count": torch.zeros_like(size, dtype=torch.long)}
+        return {"ring": size.new_full((len(size), length), math.inf), "count": torch.zeros_like(size, dtype=torch.long)}
 
     @staticmethod
     def mean_and_std(state: State) -> tuple[Number, Number]:
-        """Mean and sample standard deviation (over n - 1), `(S,)` each; at least two sizes must be remembered.
-
-        Those of floats are summed exactly and may differ from those of tensors in the last digit.
-        """
+        """Mean and sample standard deviation (over n - 1), `(S,)` each; at least two sizes must be remembered."""
         if "floats" in state:
+            # Summed exactly: they may differ from those of tensors in the last digit.
             return state["floats"].mean_and_std()
         ring, length = state["ring"], state["ring"].shape[1]
         filled = state["count"].clamp_max(length)
@@ -174,16 +151,13 @@ class LastSizes(Memory):
             least, most = torch.aminmax(filled) if len(filled) > 1 else (filled, filled)
             if 0 < (count := int(least.item())) == int(most.item()):
                 return _quantile_of_full(ring[:, :count], q)
-        return _interpolated(ring.sort(dim=1).values, _position(q, filled, ring.dtype), filled)
+        return _interpolated(ring.sort(dim=1).values, q * (filled - 1).clamp_min(0).to(ring.dtype), filled)
 
 
 class AllFloats:
     """All sizes of one scope: sorted in a long array, and in a short list that is merged into it when it is full.
 
     Inserting into one sorted list would move megabytes in a long run. An order statistic of both is found by bisection.
-
-    Args:
-        state: That of `AllSizes` with one row.
     """
 
     def __init__(self, state: State) -> None:
@@ -193,7 +167,6 @@ class AllFloats:
 
     @property
     def count(self) -> int:
-        """How many sizes are remembered."""
         return len(self._long) + len(self._recent)
 
     def rows(self) -> dict[str, Tensor]:
@@ -205,43 +178,32 @@ class AllFloats:
         }
 
     def push(self, size: float) -> None:
-        """Remember one more."""
         insort(self._recent, size)
         if len(self._recent) == RECENT:
             self._long = np.insert(self._long, np.searchsorted(self._long, self._recent), self._recent)
             self._recent = []
 
     def quantile(self, q: float, current: float | None = None) -> float:
-        """The q-quantile, after remembering `current` if given; +inf of nothing."""
-        recent = self._recent
+        long, recent = self._long, self._recent
         if current is not None:
             insort(recent := recent.copy(), current)
-        count = len(self._long) + len(recent)
-        if not count:
+        if not (count := len(long) + len(recent)):
             return math.inf
         rank, share = _place(q, count)
-        return _between(*self._neighbours(rank, recent), share)
-
-    def _neighbours(self, rank: int, recent: list[float]) -> tuple[float, float]:
-        """The sizes of this rank, from 0, and the next in both rows together; of the last one twice the same."""
-        long = self._long
-        possible = range(max(0, rank - len(long)), min(rank, len(recent)))
         # How many recent sizes come before the rank: the fewest of which the next is not below the last long one.
-        found = bisect_left(possible, True, key=lambda taken: bool(long[rank - taken - 1] <= recent[taken]))
-        taken = possible.start + found
+        least, most = max(0, rank - len(long)), min(rank, len(recent))
+        taken = bisect_left(range(most), True, least, most, key=lambda i: bool(long[rank - i - 1] <= recent[i]))
         follow = sorted((*long[rank - taken : rank - taken + 2].tolist(), *recent[taken : taken + 2]))
-        return follow[0], follow[:2][-1]
+        return _between(follow[0], follow[:2][-1], share)
 
 
 class AllSizes(Memory):
     """All sizes of each scope since the start: eight bytes a step and scope.
 
-    Sorting everything at each step would cost more and more. The sizes lie in a long sorted row and a short unsorted
-    one that is merged into it when it is full: an order statistic of both is found by sorting the short row with as
-    many neighbours of its place in the long one.
+    Sorting everything would cost more and more: a short unsorted row is merged into a long sorted one when it is full.
+    An order statistic of both is found by sorting the short row with as many neighbours of its place in the long one.
 
-    The state is `sorted`, `(S, N)`, and `recent`, `(S, M)` with M < 1024, where +inf stands for no size; and `count`,
-    `(S,)`, the sizes in both.
+    The state is `sorted`, `(S, N)`, and `recent`, `(S, M)`, M < 1024, with +inf for no size, and `count`, `(S,)`.
     """
 
     twin = AllFloats
@@ -269,24 +231,21 @@ class AllSizes(Memory):
     @staticmethod
     def _quantile(state: State, q: float) -> Tensor:
         long, recent, count = state["sorted"], state["recent"], state["count"]
-        position = _position(q, count, recent.dtype)
+        position = q * (count - 1).clamp_min(0).to(recent.dtype)
         # With M recent sizes, the one of rank k in both is recent or at one of the places k - M to k of the long row.
         first = (position.floor() - recent.shape[1]).clamp_min(0)
         places = first.long()[:, None] + torch.arange(recent.shape[1] + 2, device=recent.device)
-        ordered = torch.cat((_at(long, places), recent), dim=1).sort(dim=1).values
-        return _interpolated(ordered, position - first, count)
+        if width := long.shape[1]:
+            near = torch.where(places < width, long.gather(1, places.clamp_max(width - 1)), math.inf)
+        else:
+            near = recent.new_full(places.shape, math.inf)
+        return _interpolated(torch.cat((near, recent), dim=1).sort(dim=1).values, position - first, count)
 
 
 def _place(q: float, count: int) -> tuple[int, float]:
     """The rank, from 0, of the last of `count` sizes up to the q-quantile, and the share of the way to the next."""
-    position = q * (count - 1)
-    rank = int(position)
+    rank = int(position := q * (count - 1))
     return rank, position - rank
-
-
-def _position(q: float, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rank of the q-quantile of `count` sizes, `(S,)`, mostly between two."""
-    return q * (count - 1).clamp_min(0).to(dtype)
 
 
 def _between(low: Number, high: Number, share: Number) -> Number:
@@ -311,11 +270,3 @@ def _quantile_of_full(rows: Tensor, q: float) -> Tensor:
         return _between(top[:, -1], top[:, max(-2, -top.shape[1])], share)
     bottom = rows.topk(min(rank + 2, count), dim=1, largest=False).values
     return _between(bottom[:, rank], bottom[:, -1], share)
-
-
-def _at(rows: Tensor, places: Tensor) -> Tensor:
-    """The entries at these places, `(S, K)`; +inf beyond the end."""
-    width = rows.shape[1]
-    if width == 0:
-        return rows.new_full(places.shape, math.inf)
-    return torch.where(places < width, rows.gather(1, places.clamp_max(width - 1)), math.inf)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.checks import KnownArguments
-from lightning_gradclip.methods.numbers import Number, divide, full, largest, minimum, where
+from lightning_gradclip.methods.memory import Memory
+from lightning_gradclip.methods.numbers import Number, Truth, divide, full, largest, minimum, where
 
 
 def _row(value: float) -> Tensor:
@@ -20,10 +21,9 @@ def _row(value: float) -> Tensor:
 class ClipMethod(KnownArguments):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
-    A method sees sizes and answers with limits. It never sees a gradient, a rank, a logger or Lightning: selecting
-    parameters, measuring, reducing over ranks, guarding against non-finite values, writing, logging and saving are
-    shared. Shapes below: `S` is the number of scopes; all sizes are global (already reduced over ranks), float64
-    (float32 on devices without it) and on the gradients' device.
+    A method answers sizes with limits. It never sees a gradient, a rank, a logger or Lightning: selecting, measuring,
+    reducing over ranks, guarding against non-finite values, writing, logging and saving are shared. `S` is the number
+    of scopes; sizes are global (reduced over ranks), float64 (float32 on devices without it), where gradients are.
 
     Attributes:
         per: Where to measure: "model", "group", "layer" or "parameter"; "unit" for each slice of a weight along dim 0
@@ -34,9 +34,8 @@ class ClipMethod(KnownArguments):
         may_grow: Whether a gradient may be scaled up.
         needs_weight: Whether `limit` wants the sizes of the weights.
         epsilon: What `coef` adds to the size before dividing by it.
-        on_floats: Whether `limit`, `coef` and `update` as this class defines them take a plain float, and True for
-            `active`, where one scope is on CPU: it saves time there, and is for rules written with
-            `lightning_gradclip.arithmetic`.
+        on_floats: Whether `limit`, `coef` and `update` as this class defines them take plain floats, and True for
+            `active`, where one scope is on CPU, to save time: for rules written with `lightning_gradclip.arithmetic`.
         state: Learned values, each of shape `(S, ...)`; see `fresh_state`. Floats and ints for a rule on floats.
     """
 
@@ -70,7 +69,6 @@ class ClipMethod(KnownArguments):
 
     def floor(self, step: int) -> float:
         """The size that smaller ones are scaled up to, for rules that may grow a gradient; 0: none is."""
-        del step
         return 0.0
 
     def bounds(self, step: int) -> tuple[float, float]:
@@ -82,7 +80,6 @@ class ClipMethod(KnownArguments):
 
         Called before the first `limit` and whenever scopes join; the result becomes `state`. Default: nothing.
         """
-        del size
         return {}
 
     def update(self, size: Tensor, limit: Tensor, active: Tensor) -> None:
@@ -110,17 +107,29 @@ class ClipMethod(KnownArguments):
     @property
     def takes_floats(self) -> bool:
         """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
-        for kind in type(self).__mro__:
-            if "on_floats" in vars(kind):
-                return self.on_floats and not self.needs_weight
-            if {"limit", "coef", "floor", "update", "fresh_state"} & vars(kind).keys():
-                return False
-        return False
+        parts = {"on_floats", "limit", "coef", "floor", "update", "fresh_state"}
+        nearest = next(kind for kind in type(self).__mro__ if parts & vars(kind).keys())
+        return "on_floats" in vars(nearest) and self.on_floats and not self.needs_weight
 
     @property
     def adaptive(self) -> bool:
         """Whether the limit is learned from the run."""
         return type(self).update is not ClipMethod.update
+
+
+class Remembering(ClipMethod):
+    """A rule about remembered sizes: its state is that of a memory."""
+
+    _memory: type[Memory]
+
+    def update(self, size: Number, limit: Number, active: Truth) -> None:
+        self.state = self._memory.pushed(self.state, size, active)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._memory.rows(self.state)
+
+    def to_floats(self) -> None:
+        self.state = self._memory.in_floats(self.state)
 
 
 class Unlimited(ClipMethod):
@@ -136,10 +145,7 @@ def coefs_of(method: ClipMethod, size: Number, limit: Number, step: int) -> Numb
     """The factor for each scope, `(S,)`: the method's, and where a size is below the floor what raises it to that."""
     coef = method.coef(size, limit)
     floor = method.floor(step) if method.may_grow else 0.0
-    return raised(coef, size, floor) if floor > 0 else coef
-
-
-def raised(coef: Number, size: Number, floor: float) -> Number:
-    """The factors `coef`, but where a size is between 0 and the floor the one that raises it."""
+    if not floor > 0:
+        return coef
     # A size near the smallest number has no finite factor.
     return where((size > 0) & (size < floor), minimum(divide(floor, size), largest(size)), coef)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, full
-from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
+from lightning_gradclip.methods.schedule import MEASURE, Scheduled, greatest, least, scheduled, value_at
 
 
 @dataclass(kw_only=True)
@@ -29,15 +29,12 @@ class NormClip(ClipMethod):
     """Scale gradients down when their norm exceeds `max_norm`.
 
     Args:
-        max_norm: Largest norm allowed, > 0, in units of the gradient; inf never clips, values near 0 turn every step
-            into a normalized one. A mapping from optimizer step to value, such as {0: 10.0, 1000: 1.0}, is
-            interpolated linearly.
+        max_norm: Largest norm allowed, > 0, in units of the gradient; inf never clips, near 0 every step is normalized.
+            A mapping from optimizer step to value, such as {0: 10.0, 1000: 1.0}, is interpolated linearly.
         norm_type: The p of the p-norm, in (0, inf]; inf limits the largest absolute entry.
-        min_norm: Smallest norm allowed, >= 0: smaller non-zero scopes are scaled up to it. 0 scales nothing up.
-            A mapping works too.
+        min_norm: Smallest norm allowed, >= 0, or a mapping: smaller non-zero scopes are scaled up to it. 0 scales none.
         per: Where the norm is taken and kept: "model", "group", "layer" or "parameter".
-        statistic: "norm", or "rms": the 2-norm divided by the square root of the number of elements, so that
-            one limit suits tensors of every size.
+        statistic: "norm", or "rms": the 2-norm over the square root of the number of elements, one limit for all sizes.
 
     Raises:
         TypeError: If a number is not a number.
@@ -53,8 +50,7 @@ class NormClip(ClipMethod):
     statistic: str = "norm"
 
     def __post_init__(self) -> None:
-        measuring = "to measure without clipping use method=None"
-        self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy=measuring)
+        self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy=MEASURE)
         self.min_norm = scheduled("min_norm", self.min_norm, at_least=0.0, remedy="0 scales nothing up")
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
         checks.choice("per", self.per, self.scopes)

@@ -3,16 +3,14 @@
 Rule: with x the norm of a scope, its gradients are multiplied by target / (x + smoothing). Only their direction is
 left: the step size is that of the learning rate.
 
-Source: g / (a + x) with a = smoothing and target 1 is `optax.normalize_by_update_norm`; E. Hazan, K. Levy,
-S. Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization", NeurIPS 2015, algorithm 1 (normalized
-gradient descent), has smoothing 0; per="layer" is the block-wise normalization of A. W. Yu et al., "Block-Normalized
-Gradient Method", 2017.
+Source: g / (a + x) with a = smoothing and target 1 is `optax.normalize_by_update_norm`; E. Hazan, K. Levy, S.
+Shalev-Shwartz, "Beyond Convexity: Stochastic Quasi-Convex Optimization", NeurIPS 2015, algorithm 1 (normalized gradient
+descent), has smoothing 0; per="layer" is that by blocks of A. W. Yu et al., "Block-Normalized Gradient Method", 2017.
 
 Deviations: scopes whose gradient is exactly zero stay as they are.
 
 Suggested values: target 1.0, with a learning rate for steps of that length. Where `smoothing` is far above the usual
-norm the method multiplies by the constant target / smoothing; far below, vanishing gradients are blown up to full
-length, their noise included.
+norm the method multiplies by the constant target / smoothing; far below, vanishing gradients and noise get full length.
 """
 
 from dataclasses import dataclass

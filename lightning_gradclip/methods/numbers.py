@@ -11,17 +11,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# One number for each scope: a tensor `(S,)`, or the plain float of the only one.
+# One number for each scope: a tensor `(S,)`, or the plain float of the only one. A truth is a boolean tensor or bool.
 Number: TypeAlias = Any
-# One truth for each scope: a boolean tensor `(S,)`, or a plain bool.
 Truth: TypeAlias = Any
 
 
 def where(condition: Truth, yes: Number, no: Number) -> Number:
     """`yes` where the condition holds, else `no`; both are computed."""
-    if isinstance(condition, Tensor):
-        return torch.where(condition, yes, no)
-    return yes if condition else no
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
 
 
 def divide(dividend: Number, divisor: Number) -> Number:

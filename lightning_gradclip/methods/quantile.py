@@ -1,7 +1,10 @@
 """Clipping at a quantile of past norms: the largest few per cent of the steps are cut, whatever their scale.
 
 Rule: with h the sizes of a scope in earlier steps, the limit is the q-quantile of h by linear interpolation; none
-before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first.
+before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first. A
+lasting shift of the level, by any factor, is followed within `window` steps, with window=None within as many as there
+were: after (1 - q) * window of them and one more the limit is a norm of the new level (q * window downward), after all
+of them its q-quantile.
 
 Source: P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
 Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `autoclip`). With the defaults it is
@@ -10,10 +13,6 @@ Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `aut
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN makes the published
 implementations produce NaN gradients from then on. No 1e-6 is added to the size before dividing. With window=None all
 sizes are kept, 8 bytes a step and scope, and the quantile stays exact at a cost per step that hardly grows.
-
-A lasting shift of the level, by any factor, is followed within `window` steps: after (1 - q) * window of them and one
-more the limit is a norm of the new level (q * window downward), after all of them its q-quantile. With window=None
-replace window by the number of steps so far.
 
 Suggested values: q 0.9 cuts the largest tenth. AutoClip's q 0.10 cuts nine steps of ten, by design: it is closer to
 normalization than to clipping (Seetharaman et al., for source separation with Adam).
@@ -25,17 +24,16 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.memory import AllSizes, LastSizes
-from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.numbers import Number, Truth
+from lightning_gradclip.methods.method import Remembering
+from lightning_gradclip.methods.numbers import Number
 
 
 @dataclass(kw_only=True)
-class QuantileClip(ClipMethod):
+class QuantileClip(Remembering):
     """Scale gradients down when their norm exceeds a quantile of the norms so far.
 
     Args:
-        q: The quantile, in [0, 1]: 0.9 limits to what nine tenths of the remembered norms stay within, 0 to the
-            smallest of them, 1 to the largest.
+        q: The quantile of remembered norms, in [0, 1]: nine tenths are within 0.9; 0 is the smallest, 1 the largest.
         window: How many norms are remembered, >= 1; None: all of them, exactly, which takes 8 bytes a step and scope.
         include_current: Whether this step's norm counts before the quantile is taken.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
@@ -59,6 +57,7 @@ class QuantileClip(ClipMethod):
         self.q = checks.number("q", self.q, at_least=0.0, at_most=1.0, remedy="0.9 stands for the 90th percentile")
         if self.window is not None:
             self.window = checks.integer("window", self.window, at_least=1, remedy="None remembers all norms")
+        self._memory = AllSizes if self.window is None else LastSizes
         checks.flag("include_current", self.include_current)
         checks.choice("per", self.per, self.scopes)
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
@@ -70,16 +69,3 @@ class QuantileClip(ClipMethod):
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return self._memory.quantile(self.state, self.q, size if self.include_current else None)
-
-    def update(self, size: Number, limit: Number, active: Truth) -> None:
-        self.state = self._memory.pushed(self.state, size, active)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._memory.rows(self.state)
-
-    def to_floats(self) -> None:
-        self.state = self._memory.in_floats(self.state)
-
-    @property
-    def _memory(self) -> type[AllSizes | LastSizes]:
-        return AllSizes if self.window is None else LastSizes

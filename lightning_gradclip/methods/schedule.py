@@ -7,40 +7,28 @@ value, which stands for no limit, holds until the next point is reached.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from functools import partial
 from numbers import Real
-from typing import cast
+from typing import Any, cast
 
 from lightning_gradclip import checks
 
 Scheduled = float | dict[int, float]
+MEASURE = "to measure without clipping use method=None"  # the remedy where a limit is refused
 
 
-def scheduled(
-    name: str,
-    value: object,
-    *,
-    above: float = float("-inf"),
-    at_least: float = float("-inf"),
-    at_most: float = float("inf"),
-    finite: bool = False,
-    remedy: str = "",
-) -> Scheduled:
-    """Check a constant or a schedule and return it as a plain float or a plain dict sorted by step."""
-    check = partial(checks.number, above=above, at_least=at_least, at_most=at_most, finite=finite, remedy=remedy)
-    if isinstance(value, Real) and value is not True and value is not False:
-        return check(name, value)
+def scheduled(name: str, value: object, **bounds: Any) -> Scheduled:
+    """Check a constant or a schedule by `checks.number`, and return a plain float or a plain dict sorted by step."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        return checks.number(name, value, **bounds)
     if not isinstance(value, Mapping):
         kinds = "a number or a schedule such as {0: 10.0, 1000: 1.0}"
         raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
-    points = cast("Mapping[object, object]", value)
-    if not points:
+    if not value:
         raise ValueError(f"{name} is an empty schedule; give at least one point, {name}={{0: 1.0}}")
-    steps = {
-        checks.integer(f"{name}'s step", step, at_least=0, remedy=f"write {name}={{0: 10.0, 1000: 1.0}}"): step
-        for step in points
-    }
-    return {step: check(f"{name}[{step}]", points[steps[step]]) for step in sorted(steps)}
+    remedy = f"write {name}={{0: 10.0, 1000: 1.0}}"
+    given = cast("Mapping[object, object]", value).items()
+    points = {checks.integer(f"{name}'s step", step, at_least=0, remedy=remedy): one for step, one in given}
+    return {step: checks.number(f"{name}[{step}]", points[step], **bounds) for step in sorted(points)}
 
 
 def value_at(value: Scheduled, step: int) -> float:
@@ -49,17 +37,13 @@ def value_at(value: Scheduled, step: int) -> float:
         return value
     steps = list(value)
     after = bisect_right(steps, step)
-    if after == 0:
-        return value[steps[0]]
-    left = steps[after - 1]
-    if after == len(steps) or step == left:
+    left = steps[(after or 1) - 1]
+    if step <= left or after == len(steps):
         return value[left]
-    right = steps[after]
-    for end in (value[left], value[right]):
-        if math.isinf(end):
-            return end
-    share = (step - left) / (right - left)
-    return value[left] + share * (value[right] - value[left])
+    low, high = value[left], value[steps[after]]
+    if math.isinf(low) or math.isinf(high):
+        return low if math.isinf(low) else high
+    return low + (step - left) / (steps[after] - left) * (high - low)
 
 
 def least(value: Scheduled) -> float:

@@ -1,19 +1,16 @@
 """Clipping at k standard deviations above the mean of the last norms.
 
-Rule: with m and s the mean and the sample standard deviation (over n - 1) of a scope's last `window` sizes, this
-step's not among them, the limit is m + k * s; none before `warmup` sizes were seen.
+Rule: with m and s the mean and the sample standard deviation (over n - 1) of a scope's last `window` sizes, this step's
+not among them, the limit is m + k * s; none before `warmup` sizes were seen. A spike in the window raises m and s
+itself: with more than one in 1 + k**2 sizes the rule stops seeing them.
 
 Source: the rule by which OLMo-core's `SkipStepOptimizer` drops steps (Team OLMo, "2 OLMo 2 Furious", 2025; there for
-loss and gradient norm): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision
-for the norm.
+the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
 published rule until it has left the window (some versions of OLMo-core leave it out as well). Sizes are remembered
 as they were measured, also of steps that were clipped or dropped, so that a lasting shift is followed once it fills
 the window, within `window` steps. `max_consecutive_skips` ends a run that is dropped step after step.
-
-A spike that is in the window raises m and s itself: with more than one spike in 1 + k**2 sizes the rule stops seeing
-them.
 
 Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
 """
@@ -25,12 +22,12 @@ from torch import Tensor
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.memory import LastSizes
-from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.numbers import Number, Truth, where
+from lightning_gradclip.methods.method import Remembering
+from lightning_gradclip.methods.numbers import Number, where
 
 
 @dataclass(kw_only=True)
-class SigmaClip(ClipMethod):
+class SigmaClip(Remembering):
     """Scale gradients down when their norm exceeds mean + `k` standard deviations of the last norms.
 
     Args:
@@ -47,6 +44,7 @@ class SigmaClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
+    _memory = LastSizes
 
     k: float = 3.0
     window: int = 128
@@ -72,12 +70,3 @@ class SigmaClip(ClipMethod):
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         mean, std = LastSizes.mean_and_std(self.state)
         return where(LastSizes.count(self.state) >= self.warmup, mean + self.k * std, math.inf)
-
-    def update(self, size: Number, limit: Number, active: Truth) -> None:
-        self.state = LastSizes.pushed(self.state, size, active)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return LastSizes.rows(self.state)
-
-    def to_floats(self) -> None:
-        self.state = LastSizes.in_floats(self.state)

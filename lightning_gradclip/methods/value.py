@@ -1,7 +1,9 @@
 """Clipping by value: every entry of the gradient is clamped to fixed bounds.
 
 Rule: g becomes min(max(g, min_value), max_value), entry by entry. Without `min_value` the bounds are [-c, c] with c =
-max_value: zero-centered gradient clipping.
+max_value: zero-centered gradient clipping. The direction changes: large entries are cut, small ones stay. That is not
+clipping by the infinity norm, which scales all entries alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and
+[1, -0.167] there.
 
 Source: `torch.nn.utils.clip_grad_value_` and `torch.clamp`, which this method equals bit for bit; T. Mikolov,
 "Statistical Language Models Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, clipped the
@@ -9,9 +11,6 @@ gradients of recurrent networks this way.
 
 Deviations: gradients without an entry outside the bounds are not written at all. Bounds that do not hold zero between
 them are refused: they would turn a zero gradient into a step.
-
-The direction changes: large entries are cut, small ones stay. That is not clipping by the infinity norm, which scales
-all entries alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and [1, -0.167] there.
 
 Suggested values: 15 for recurrent networks whose loss is summed over time (Mikolov), 0.01 to 1 where it is averaged.
 The median of `gradclip/norm` (with log_every_n_steps=1) divided by the square root of the number of weights is the
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.methods.schedule import Scheduled, greatest, least, scheduled, value_at
+from lightning_gradclip.methods.schedule import MEASURE, Scheduled, greatest, least, scheduled, value_at
 
 
 @dataclass(kw_only=True)
@@ -32,9 +31,8 @@ class ValueClip(ClipMethod):
     """Clamp every entry of the gradients to [`min_value`, `max_value`].
 
     Args:
-        max_value: Largest entry allowed, in units of the gradient: > 0, or >= 0 beside a `min_value`; inf bounds
-            nothing from above. A mapping from optimizer step to value, such as {0: 1.0, 1000: 0.1}, is interpolated
-            linearly.
+        max_value: Largest entry allowed, in units of the gradient: > 0, or >= 0 beside a `min_value`; inf sets no
+            bound. A mapping from optimizer step to value, such as {0: 1.0, 1000: 0.1}, is interpolated linearly.
         min_value: Smallest entry allowed, <= 0; None: -max_value, the zero-centered form. A mapping works too.
 
     Raises:
@@ -50,9 +48,7 @@ class ValueClip(ClipMethod):
 
     def __post_init__(self) -> None:
         if self.min_value is None:
-            self.max_value = scheduled(
-                "max_value", self.max_value, above=0.0, remedy="to measure without clipping use method=None"
-            )
+            self.max_value = scheduled("max_value", self.max_value, above=0.0, remedy=MEASURE)
             return
         between = "the bounds must hold zero between them"
         self.max_value = scheduled("max_value", self.max_value, at_least=0.0, remedy=between)

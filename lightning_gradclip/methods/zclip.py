@@ -21,8 +21,7 @@ ten times the level within 100 steps. Sizes that are not finite, or exactly zero
 one infinite norm during the warm-up, disables the published implementation for good. `clip_factor` has no effect on
 "mean" and "max" there. The 1e-6 is theirs: where norms are far below it, "reciprocal" and "mean" see no spikes.
 
-Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al., for language models of 1B parameters at a
-learning rate of 3e-3).
+Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al.: 1B language models, learning rate of 3e-3).
 """
 
 import math
@@ -36,12 +35,6 @@ from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.numbers import Number, Truth, divide, maximum, minimum, real, sqrt, where
 from lightning_gradclip.methods.schedule import Scheduled, scheduled, value_at
 
-MODES = ("reciprocal", "mean", "max")
-MEMORIES = ("winsorized", "faithful")
-_EPSILON = 1e-6
-# Without noise there would be nothing to winsorize at, and the level could never rise.
-_LEAST_SPREAD = 0.01
-
 
 @dataclass(kw_only=True)
 class ZClip(ClipMethod):
@@ -51,13 +44,11 @@ class ZClip(ClipMethod):
         z_threshold: Standard deviations above the mean from which on a norm is a spike, > 0; inf never clips.
         alpha: Share of the old mean and variance that is kept at each step, in [0, 1): near 1 they change slowly.
         warmup: How many norms give the first mean and variance, >= 2; nothing but `max_norm` limits until then.
-        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; or "max", the largest norm
-            that is no spike.
+        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; "max", the largest that is none.
         clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
-        max_norm: A limit that always holds, > 0; None: none. A mapping from optimizer step to value is interpolated
-            linearly.
-        memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", what it was
-            reduced to, as published.
+        max_norm: A limit that always holds, > 0; None: none. A mapping of step to value is interpolated linearly.
+        memory: What is remembered of a spike: "winsorized", the largest that is none; "faithful", its limit as
+            published.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
 
     Raises:
@@ -78,16 +69,15 @@ class ZClip(ClipMethod):
     per: str = "model"
 
     def __post_init__(self) -> None:
+        remedy = "with 1 nothing would be learned after the warm-up"
         self.z_threshold = checks.number("z_threshold", self.z_threshold, above=0.0)
-        self.alpha = checks.number(
-            "alpha", self.alpha, at_least=0.0, below=1.0, remedy="with 1 nothing would be learned after the warm-up"
-        )
+        self.alpha = checks.number("alpha", self.alpha, at_least=0.0, below=1.0, remedy=remedy)
         self.warmup = checks.integer("warmup", self.warmup, at_least=2, remedy="one norm has no variance")
-        checks.choice("mode", self.mode, MODES)
+        checks.choice("mode", self.mode, ("reciprocal", "mean", "max"))
         self.clip_factor = checks.number("clip_factor", self.clip_factor, above=0.0, finite=True)
         if self.max_norm is not None:
             self.max_norm = scheduled("max_norm", self.max_norm, above=0.0, remedy="None sets no limit of this kind")
-        checks.choice("memory", self.memory, MEMORIES)
+        checks.choice("memory", self.memory, ("winsorized", "faithful"))
         checks.choice("per", self.per, self.scopes)
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
@@ -102,7 +92,8 @@ class ZClip(ClipMethod):
         mean, var, count = self.state["mean"], self.state["var"], self.state["count"]
         warm = count < self.warmup
         if self.memory == "winsorized":
-            spread = maximum(sqrt(var), _LEAST_SPREAD * mean)
+            # Without noise there would be nothing to winsorize at, and the level could never rise.
+            spread = maximum(sqrt(var), 0.01 * mean)
             kept = minimum(size, mean + self.z_threshold * spread)
         else:
             reduced = self._spike_limit(size)
@@ -120,7 +111,7 @@ class ZClip(ClipMethod):
     def _spike_limit(self, size: Number) -> Number:
         """What spikes are reduced to, `(S,)`; +inf where there is none."""
         mean, std = self.state["mean"], sqrt(self.state["var"])
-        z = divide(size - mean, std + _EPSILON)
+        z = divide(size - mean, std + 1e-6)
         highest = mean + self.z_threshold * std
         if self.mode == "reciprocal":
             is_spike, reduced = z > self.z_threshold, mean + self.z_threshold * std * divide(self.z_threshold, z)

@@ -3,10 +3,11 @@
 What a tensor or module is made of says so itself: nothing of torch.distributed is imported before some of it is there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +35,13 @@ class Layout:
 
 
 def layouts(names: Sequence[str], params: Sequence[Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
-    """The layout of each parameter.
-
-    Args:
-        names: The names of the parameters.
-        params: The parameters.
-        module: The module that holds them; FSDP's own parameters do not know which ranks share them.
-
-    Raises:
-        ValueError: If a parameter was flattened by FSDP and the module is not known or does not hold it.
-    """
+    """The layout of each parameter; those that FSDP has flattened are refused unless the module holds them."""
     flat = {} if module is None else _flattened(module)
     return tuple(_layout(name, parameter, flat) for name, parameter in zip(names, params, strict=True))
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+def is_distributed(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether this is a DTensor, which type checkers know nothing about."""
     return type(tensor) is not Tensor and _is_distributed(type(tensor))
 
 
@@ -63,8 +55,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     if not is_distributed(tensor):
         return tensor
-    distributed: Any = tensor.detach() if tensor.requires_grad else tensor
-    piece = distributed.to_local()
+    piece = (tensor.detach() if tensor.requires_grad else tensor).to_local()
     # A collective that still runs in the background hands out a tensor that waits for it.
     return piece if type(piece) is Tensor else getattr(piece, "wait", lambda: piece)()
 
@@ -73,18 +64,16 @@ def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
     """A tensor like this one of which this rank holds this piece."""
     if not is_distributed(tensor):
         return piece
-    distributed: Any = tensor
-    like: Any = {"shape": distributed.shape, "stride": distributed.stride()}
-    return type(distributed).from_local(piece, distributed.device_mesh, distributed.placements, run_check=False, **like)
+    like = {"shape": tensor.shape, "stride": tensor.stride()}
+    return type(tensor).from_local(piece, tensor.device_mesh, tensor.placements, run_check=False, **like)
 
 
 def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient laid out like its parameter: what is still to be added up over ranks is added up, by a collective."""
     if not is_distributed(gradient) or not is_distributed(parameter):
         return gradient
-    distributed: Any = gradient
-    wanted = getattr(parameter, "placements", None)
-    return gradient if distributed.placements == wanted else distributed.redistribute(placements=wanted)
+    wanted = parameter.placements
+    return gradient if gradient.placements == wanted else gradient.redistribute(placements=wanted)
 
 
 def rows(parameter: Tensor) -> Tensor | None:
@@ -93,10 +82,9 @@ def rows(parameter: Tensor) -> Tensor | None:
         return None
     from torch.distributed.tensor import DTensor, Replicate
 
-    distributed: Any = parameter
-    mesh = distributed.device_mesh
+    mesh = parameter.device_mesh
     # What the mesh does to the rows it does to their numbers, and taking a part of what is whole communicates nothing.
-    along = [one if getattr(one, "dim", None) == 0 else Replicate() for one in distributed.placements]
+    along = [one if getattr(one, "dim", None) == 0 else Replicate() for one in parameter.placements]
     numbers = torch.arange(parameter.shape[0], device=mesh.device_type)
     whole = DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local(whole.redistribute(placements=along))
@@ -104,13 +92,11 @@ def rows(parameter: Tensor) -> Tensor | None:
 
 def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
     if is_distributed(parameter):
-        distributed: Any = parameter
-        mesh = distributed.device_mesh
-        pieces = 1
-        for dim, placement in enumerate(distributed.placements):
-            if not placement.is_replicate():
-                pieces *= mesh.size(dim)
-        return Layout(parameter.numel(), pieces, _ranks_of(mesh), distributed=True)
+        mesh = parameter.device_mesh
+        pieces = math.prod(mesh.size(dim) for dim, one in enumerate(parameter.placements) if not one.is_replicate())
+        # Of a part of a mesh the other parts hold copies, and there is no public way from it to the whole.
+        root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+        return Layout(parameter.numel(), pieces, tuple(root.mesh.flatten().tolist()), distributed=True)
     if id(parameter) in flat:
         return flat[id(parameter)]
     if getattr(parameter, "_fsdp_flattened", False):
@@ -120,12 +106,6 @@ def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
         )
     # Those of lazy modules have no size yet.
     return Layout()
-
-
-def _ranks_of(mesh: Any) -> tuple[int, ...]:
-    # Of a part of a mesh the other parts hold copies, and there is no public way from it to the whole.
-    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
-    return tuple(root.mesh.flatten().tolist())
 
 
 def _flattened(module: nn.Module) -> dict[int, Layout]:
@@ -144,9 +124,8 @@ def _flattened(module: nn.Module) -> dict[int, Layout]:
         group: Any = one.process_group
         whole = one.sharding_strategy is ShardingStrategy.NO_SHARD
         pieces = 1 if whole else group.size()
-        # There are copies outside the group.
-        hybrid = "HYBRID" in one.sharding_strategy.name
-        ranks = None if hybrid else tuple(get_process_group_ranks(group))
+        # The hybrid ones have copies outside the group.
+        ranks = None if "HYBRID" in one.sharding_strategy.name else tuple(get_process_group_ranks(group))
         numels = handle.flat_param._numels
         found[id(handle.flat_param)] = Layout(sum(numels), pieces, ranks, flattened=True, joined=True)
         for parameter, numel in zip(handle.flat_param._params or (), numels, strict=False):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,17 +54,11 @@ class Selection:
         return False
 
     def gradients(self) -> list[Tensor | None]:
-        """What this rank holds of the gradient of each parameter, None where absent.
-
-        Gradients that are still to be added up over ranks are added up, by a collective for each.
-        """
+        """What this rank holds of each gradient, None where absent; what is still to be added up over ranks is, each."""
         if not self.is_distributed:
             return [parameter.grad for parameter in self.params]
-        found: list[Tensor | None] = []
-        for parameter in self.params:
-            gradient = parameter.grad
-            found.append(None if gradient is None else layout.local(layout.settled(gradient, parameter)))
-        return found
+        pairs = ((parameter.grad, parameter) for parameter in self.params)
+        return [None if one is None else layout.local(layout.settled(one, parameter)) for one, parameter in pairs]
 
     @cached_property
     def is_distributed(self) -> bool:
@@ -72,27 +66,21 @@ class Selection:
         return any(one.distributed for one in self.layouts)
 
     def scopes(self, per: str) -> Scopes:
-        """The scopes of one kind; they do not depend on which gradients are present.
-
-        Raises:
-            ValueError: If FSDP has joined parameters that belong to different scopes.
-        """
-        if per in ("layer", "parameter"):
-            self._require_apart(per)
+        """The scopes of one kind, whichever gradients are present; refused if FSDP has joined what they are to part."""
         if per in ("model", "element"):
             return Scopes(("model",), (0,) * len(self.params))
         if per == "group":
             return Scopes.of(self.groups)
-        if per == "layer":
-            return Scopes.of([name.rpartition(".")[0] or "root" for name in self.names])
-        return Scopes.of(self.names)
+        joined = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.joined), None)
+        if joined is not None:
+            raise ValueError(
+                f"FSDP has joined several parameters into {joined!r}, so that there is nothing to tell each {per} by; "
+                "wrap with use_orig_params=True, or use per='model' or 'group'"
+            )
+        return Scopes.of([name.rpartition(".")[0] or "root" if per == "layer" else name for name in self.names])
 
     def units(self) -> Units:
-        """The output units of all parameters.
-
-        Raises:
-            ValueError: If FSDP has cut through them.
-        """
+        """The output units of all parameters; refused if FSDP has cut through them."""
         cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
         if cut is not None:
             raise ValueError(
@@ -100,15 +88,7 @@ class Selection:
                 "units; shard with FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning "
                 "ModelParallelStrategy), or use per='parameter'"
             )
-        return Units.of(self.names, self.params)
-
-    def _require_apart(self, per: str) -> None:
-        joined = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.joined), None)
-        if joined is not None:
-            raise ValueError(
-                f"FSDP has joined several parameters into {joined!r}, so that there is nothing to tell each {per} by; "
-                "wrap with use_orig_params=True, or use per='model' or 'group'"
-            )
+        return Units(self.names, self.params)
 
 
 class Names:
@@ -120,18 +100,15 @@ class Names:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> None:
+        self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
+        given = named_parameters if self._module is None else self._module.named_parameters()
         # The tensors are kept so that their identities stay theirs.
         self._tensors: dict[int, Tensor] = {}
-        self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
-        if isinstance(named_parameters, nn.Module):
-            named_parameters = named_parameters.named_parameters()
-        raw: dict[int, str] = {}
-        for name, parameter in _pairs(named_parameters):
-            if id(parameter) not in raw:
-                raw[id(parameter)] = name
-                self._tensors[id(parameter)] = parameter
-        self._raw = raw
-        self._clean = dict(zip(raw, clean_names(list(raw.values())), strict=True))
+        self._raw: dict[int, str] = {}
+        for name, parameter in _pairs(given):
+            self._tensors[id(parameter)] = parameter
+            self._raw.setdefault(id(parameter), name)
+        self._clean = dict(zip(self._raw, clean_names(list(self._raw.values())), strict=True))
         self._include, self._exclude = tuple(include), tuple(exclude)
         for option, patterns in (("include", self._include), ("exclude", self._exclude)):
             for pattern in patterns:
@@ -139,7 +116,6 @@ class Names:
 
     def select(self, optimizer: Optimizer | None) -> Selection:
         """The parameters of the optimizer, or without one of the module, that the patterns admit."""
-        groups: Sequence[Mapping[str, Any]]
         groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
         labels = _group_names(groups)
         chosen: dict[int, tuple[Tensor, str, str]] = {}
@@ -170,21 +146,21 @@ class Names:
         known = list(dict.fromkeys(self._clean.values()))
         closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
         listed = ", ".join(closest) or "there are no named parameters"
+        example = f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
         raise ValueError(
             f"{option}={pattern!r} matches no parameter; the closest names are: {listed}. "
-            f"Patterns are shell patterns over whole names, such as {_suggestion(closest)!r}"
+            f"Patterns are shell patterns over whole names, such as {example!r}"
         )
 
 
-def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+def _pairs(given: object) -> Iterable[tuple[str, Tensor]]:
+    expected = "named_parameters must be pairs of name and parameter"
     remedy = "write Clipper(model.named_parameters(), ...)"
-    if not isinstance(named_parameters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"named_parameters must be pairs of name and parameter, got {named_parameters!r}; {remedy}")
-    for pair in named_parameters:
-        if isinstance(pair, Tensor) or not isinstance(pair[0], str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"named_parameters must be pairs of name and parameter, got a {type(pair).__name__}; {remedy}"
-            )
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{expected}, got {given!r}; {remedy}")
+    for pair in cast("Iterable[Any]", given):
+        if isinstance(pair, Tensor) or not isinstance(pair[0], str):
+            raise TypeError(f"{expected}, got a {type(pair).__name__}; {remedy}")
         yield pair
 
 
@@ -199,10 +175,6 @@ def clean_names(names: Sequence[str]) -> list[str]:
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _suggestion(closest: Sequence[str]) -> str:
-    return f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
 
 
 def _group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:

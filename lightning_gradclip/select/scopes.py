@@ -1,7 +1,7 @@
 """Where to measure: scopes of whole parameters, or the output units inside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ class Scopes:
 
     names: tuple[str, ...]
     index: tuple[int, ...]
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(labels: Sequence[str]) -> "Scopes":
@@ -34,16 +35,12 @@ class Scopes:
         return self._indices[device]
 
     @cached_property
-    def _indices(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """For each scope the indices of its parameters."""
         lists: list[list[int]] = [[] for _ in self.names]
         for parameter, scope in enumerate(self.index):
             lists[scope].append(parameter)
-        return tuple(tuple(one) for one in lists)
+        return tuple(map(tuple, lists))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +48,15 @@ class Units:
     """The output units of some parameters, in order, each a scope.
 
     A unit is a slice of a weight along dim 0, one for each output of its layer; a bias or scalar is one unit.
-
-    Attributes:
-        parameters: The names of the parameters.
-        params: The parameters; those of lazy modules take their shape when the model first runs.
+    Parameters of lazy modules take their shape when the model first runs.
     """
 
     parameters: tuple[str, ...]
     params: tuple[Tensor, ...]
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(names: Sequence[str], params: Sequence[Tensor]) -> "Units":
-        """The units of these parameters."""
         return Units(tuple(names), tuple(params))
 
     @cached_property
@@ -97,7 +91,3 @@ class Units:
             rows = torch.tensor(self.rows, dtype=torch.long, device="cpu")
             self._indices[device] = torch.arange(len(rows), device="cpu").repeat_interleave(rows).to(device)
         return self._indices[device]
-
-    @cached_property
-    def _indices(self) -> dict[torch.device, Tensor]:
-        return {}
