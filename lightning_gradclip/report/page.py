@@ -157,7 +157,7 @@ def _largest(run: Run) -> list[tuple[str, ...]]:
     places = [place for place in np.argsort(-norms, kind="stable")[:_LARGEST].tolist() if norms[place] > 0]
     median = float(np.median(norms[norms >= 0])) if places else np.nan
     columns = norms, norms / (median or np.nan), run.limit, run.norm_clipped
-    return [(f"{run.step[place]:,}", *(number(column[place]) for column in columns)) for place in places]
+    return [(f"{run.step[place]:,}", *(number(float(column[place])) for column in columns)) for place in places]
 
 
 def _scopes(shown: Shown) -> list[tuple[str, ...]]:
