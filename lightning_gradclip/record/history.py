@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT, VERSION = "lightning-gradclip history", 1
+_SETTINGS = {"from_step", "method", "action", "norm_type", "measure_per"}
 STEP = np.dtype(
     [
         ("step", "<i8"),  # on Lightning's own axis, as in the loggers; several optimizer steps of a batch share it
@@ -79,7 +80,7 @@ class GrowingArray:
 
     def append(self, rows: npt.NDArray[np.generic]) -> None:
         """Write `n` rows; if that fails none of them counts, and appending may be tried again."""
-        self._write(self._end, rows.astype(self._row.base, copy=False).tobytes())
+        self._write(self._end, rows.tobytes())
         self._set_count(self.rows + len(rows))
 
     def drop(self, keep: int) -> None:
@@ -225,7 +226,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} is a history of version {meta.get('version')!r}, written by lightning-gradclip "
             f"{meta.get('package')!r}, and this version reads {VERSION}; use that release, or another folder"
         )
-    if not _has_segments(meta):
+    segments = meta.get("segments")
+    if not (isinstance(segments, list) and segments and all(set(one) >= _SETTINGS for one in segments)):
         raise HistoryFormatError(f"{path} is damaged: it does not say which settings were used")
     return meta
 
@@ -235,31 +237,21 @@ def read_steps(folder: Path) -> Steps:
     return read_rows(folder / "steps.npy", STEP)
 
 
-def part_paths(folder: Path) -> list[Path]:
-    """The `scopes.<number>.json` of a history, in the order in which they were written."""
+def described_parts(folder: Path) -> Iterator[tuple[Path, int, tuple[str, ...]]]:
+    """Each `scopes.<number>.json`, in the order in which they were written, and the first row and names in it."""
     numbered = ((path.name.split("."), path) for path in folder.glob("scopes.*.json"))
-    return [path for _, path in sorted((int(words[1]), path) for words, path in numbered if words[1].isdecimal())]
-
-
-def read_part(path: Path) -> tuple[int, tuple[str, ...]]:
-    """The first row and the names of a part, from its `scopes.<number>.json`."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        return int(about["first_row"]), tuple(str(name) for name in about["names"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HistoryFormatError(f"{path} is damaged: it does not name the scopes of a part") from error
+    for _, path in sorted((int(words[1]), path) for words, path in numbered if words[1].isdecimal()):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            first_row, names = int(about["first_row"]), tuple(str(name) for name in about["names"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HistoryFormatError(f"{path} is damaged: it does not name the scopes of a part") from error
+        yield path, first_row, names
 
 
 def _read_parts(folder: Path, total: int) -> Iterator[ScopePart]:
-    for path in part_paths(folder):
-        first_row, names = read_part(path)
+    for path, first_row, names in described_parts(folder):
         matrix = path.with_suffix(".npy")
         # A kill may have come between the two files.
         if matrix.exists() and first_row < total:
             yield ScopePart(first_row, names, read_rows(matrix, norms_of(names))[: total - first_row])
-
-
-def _has_segments(meta: dict[str, Any]) -> bool:
-    segments = meta.get("segments")
-    wanted = {"from_step", "method", "action", "norm_type", "measure_per"}
-    return isinstance(segments, list) and bool(segments) and all(wanted <= set(one) for one in segments)

@@ -22,10 +22,9 @@ from lightning_gradclip.record.history import (
     HistoryFormatError,
     Norms,
     Steps,
+    described_parts,
     norms_of,
-    part_paths,
     read_meta,
-    read_part,
     read_steps,
     replace_file,
 )
@@ -182,8 +181,7 @@ class HistoryWriter:
     def _resume_parts(self) -> None:
         """Drop the norms of dropped rows, and go on with the last part if it ends where the rows do."""
         kept = self._steps.rows
-        for path in part_paths(self.folder):
-            first, names = read_part(path)
+        for path, first, names in described_parts(self.folder):
             matrix = path.with_suffix(".npy")
             if first >= kept or not matrix.exists():
                 path.unlink()

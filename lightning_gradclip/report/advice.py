@@ -36,11 +36,7 @@ class Proposal:
 
 
 def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None = None) -> str:
-    """What to tell about a run, from `from_step` on, ready to be printed; `rates` of its steps shall be clipped.
-
-    Raises:
-        RunError: If points are means over several steps, or there are too few.
-    """
+    """What to tell about a run, from `from_step` on, ready to be printed; `rates` of its steps shall be clipped."""
     sizes = usable_sizes(run, from_step)
     blocks = [_about(run, sizes, from_step)]
     for rate in rates:
@@ -58,7 +54,7 @@ def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None
 
 
 def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
-    """The norms that a limit would have been compared with, `(n,)`, in the order of the steps."""
+    """The norms that a limit would have been compared with, `(n,)`, in order; a RunError if they cannot be told."""
     if not run.each_step:
         raise RunError(
             f"{run.name} holds means over several steps, from which single steps cannot be told; "

@@ -25,10 +25,7 @@ _Points: TypeAlias = Mapping[str, Mapping[int, float]]
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """All runs in or below each path, named so that they can be told apart.
-
-    Args:
-        paths: History folders, log files, or folders that hold such.
+    """All runs in or below history folders, log files, or folders that hold such, named so that they can be told apart.
 
     Raises:
         RunError: If a path holds no run, or a damaged one.
@@ -59,13 +56,11 @@ def _runs_of(path: Path) -> list[tuple[Path, Run]]:
 def _recorded(path: Path) -> Iterator[tuple[Path, Run]]:
     if path.name in {"meta.json", "steps.npy"}:
         path = path.parent
-    if (path / "steps.npy").exists():
-        # The user named it: if it is not ours, that has to be said.
-        yield path, from_history(History(path))
-        return
-    for folder in _below(path, "meta.json"):
-        if FORMAT.encode() in (folder / "meta.json").read_bytes():
-            yield folder, from_history(History(folder))
+    # What the user named is read in any case: if it is not ours, that has to be said.
+    folders = [path]
+    if not (path / "steps.npy").exists():
+        folders = [one for one in _below(path, "meta.json") if FORMAT.encode() in (one / "meta.json").read_bytes()]
+    return ((folder, from_history(History(folder))) for folder in folders)
 
 
 def _logged(path: Path) -> Iterator[tuple[Path, Run]]:

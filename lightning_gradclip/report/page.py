@@ -40,17 +40,15 @@ class Shown:
 
     @property
     def median(self) -> str:
-        """The median norm, as it is written."""
         return number(self.summary.median)
 
     @property
     def high(self) -> str:
-        """The 99th percentile of the norms, as it is written."""
+        """The 99th percentile of the norms."""
         return number(self.summary.percentiles[99])
 
     @property
     def largest(self) -> str:
-        """The largest norm, as it is written."""
         return number(self.summary.largest)
 
     @property
@@ -63,19 +61,14 @@ class Shown:
 
 
 def write_report(runs: Sequence[Run], out: str | Path) -> int:
-    """Write the page and return its bytes; a file that is there is replaced when the new one is complete.
-
-    Raises:
-        RunError: If plotly or jinja2 is missing.
-        OSError: If the file cannot be written.
-    """
+    """Write the page and return its size in bytes; a file that is there is replaced when the new one is complete."""
     content = page(runs).encode("utf-8", "replace")
     replace_file(Path(out), content)
     return len(content)
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page as text."""
+    """The whole page as text; a RunError if plotly or jinja2 is missing."""
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup

@@ -46,8 +46,16 @@ def what_if(sizes: Numbers, limits: Numbers | None = None, points: int = 200) ->
 
 def quantile_limits(sizes: Numbers, places: Places, *, q: float, window: int) -> Numbers:
     """The q-quantile of the up to `window` sizes before each place, `(len(places),)`; +inf where there are none."""
-    limits = _over_memories(sizes, places, window, 1, lambda memories: _quantile(memories, q)[None])
-    return np.where(places > 0, limits[0], np.inf)
+
+    def rule(memories: Numbers) -> Numbers:
+        # By linear interpolation between the two neighbours in order.
+        position = q * (memories.shape[1] - 1)
+        below, above = math.floor(position), math.ceil(position)
+        ordered = np.partition(memories, (below, above), axis=1)
+        low = ordered[:, below]
+        return low + (ordered[:, above] - low) * (position - below)
+
+    return np.where(places > 0, _over_memories(sizes, places, window, 1, rule)[0], np.inf)
 
 
 def moments(sizes: Numbers, places: Places, *, window: int, warmup: int) -> tuple[Numbers, Numbers]:
@@ -73,12 +81,3 @@ def _over_memories(
         for block in np.array_split(full, -(-len(full) * window // _BLOCK)):
             results[:, block] = rule(memories[places[block] - window])
     return results
-
-
-def _quantile(memories: Numbers, q: float) -> Numbers:
-    """By linear interpolation between the two neighbours in order, one for each row."""
-    position = q * (memories.shape[1] - 1)
-    below, above = math.floor(position), math.ceil(position)
-    ordered = np.partition(memories, (below, above), axis=1)
-    low = ordered[:, below]
-    return low + (ordered[:, above] - low) * (position - below)
