@@ -16,20 +16,20 @@ decision can be repeated from the record, and so that an exploding norm has a nu
 of scopes are there to be looked at, and there are many of them: float32.
 """
 
-import dataclasses
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 FORMAT, VERSION = "lightning-gradclip history", 1
+_SETTINGS = {"from_step", "method", "action", "norm_type", "measure_per"}
 STEP = np.dtype(
     [
         ("step", "<i8"),  # on Lightning's own axis, as in the loggers; several optimizer steps of a batch share it
@@ -62,28 +62,13 @@ class HistoryFormatError(ValueError):
 
 
 class GrowingArray:
-    """Appends rows to a .npy file; the file is made if there is none.
+    """Appends rows of one type to a .npy file, made if there is none; of the rows it holds the first `keep` stay."""
 
-    Args:
-        path: The file.
-        dtype: Of an element, little-endian.
-        row_shape: Shape of one row; () for a one-dimensional array.
-        keep: How many of the rows in an existing file stay; those behind them are dropped. None: all.
-
-    Raises:
-        OSError: If the file cannot be written.
-        HistoryFormatError: If an existing file is not a growing array of this dtype and shape.
-    """
-
-    def __init__(
-        self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...] = (), *, keep: int | None = None
-    ) -> None:
-        self._dtype, self._row_shape = dtype, row_shape
-        self._row_bytes = dtype.itemsize * math.prod(row_shape)
+    def __init__(self, path: Path, row: np.dtype, keep: int) -> None:
+        self._row = row
         if not path.exists():
-            replace_file(path, _header(dtype, (0, *row_shape)))
-        held = count_rows(path, dtype, row_shape)
-        self.rows = held if keep is None else min(held, keep)
+            replace_file(path, _header(row, 0))
+        self.rows = min(count_rows(path, row), keep)
         # Unbuffered: what is written is with the operating system, and survives the death of this process.
         self._file = path.open("r+b", buffering=0)
         try:
@@ -94,13 +79,14 @@ class GrowingArray:
             raise
 
     def append(self, rows: npt.NDArray[np.generic]) -> None:
-        """Write rows, `(n, *row_shape)`; if that fails none of them counts, and appending may be tried again."""
-        self._write(self._end, np.ascontiguousarray(rows, self._dtype).tobytes())
+        """Write `n` rows; if that fails none of them counts, and appending may be tried again."""
+        self._write(self._end, rows.tobytes())
         self._set_count(self.rows + len(rows))
 
     def drop(self, keep: int) -> None:
         """Drop all rows behind the first `keep`."""
-        self._set_count(min(self.rows, keep))
+        if keep < self.rows:
+            self._set_count(keep)
 
     def close(self) -> None:
         """Hand everything to the disk and close the file."""
@@ -112,10 +98,10 @@ class GrowingArray:
 
     @property
     def _end(self) -> int:
-        return HEADER_BYTES + self.rows * self._row_bytes
+        return HEADER_BYTES + self.rows * self._row.itemsize
 
     def _set_count(self, rows: int) -> None:
-        self._write(0, _header(self._dtype, (rows, *self._row_shape)))
+        self._write(0, _header(self._row, rows))
         self.rows = rows
 
     def _write(self, offset: int, content: bytes) -> None:
@@ -124,31 +110,29 @@ class GrowingArray:
             content, offset = content[written:], offset + written
 
 
-def count_rows(path: Path, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> int:
-    """How many complete rows a growing array holds.
-
-    Raises:
-        OSError: If the file cannot be read.
-        HistoryFormatError: If it is not a growing array of this dtype and shape.
-    """
+def count_rows(path: Path, row: np.dtype) -> int:
+    """How many complete rows a growing array holds; a HistoryFormatError if it is none of such rows."""
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         size = file.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
         raise HistoryFormatError(f"{path} is cut off: {size} bytes, where the header alone has {HEADER_BYTES}")
     found = _COUNT.search(header)
-    if found is None or header != _header(dtype, (int(found[1]), *row_shape)):
+    if found is None or header != _header(row, int(found[1])):
         raise HistoryFormatError(f"{path} is damaged, or was not written by this package: its header is not ours")
     # After a power failure the count may have reached the disk and the rows not.
-    row_bytes = dtype.itemsize * math.prod(row_shape)
-    return min(int(found[1]), (size - HEADER_BYTES) // row_bytes)
+    return min(int(found[1]), (size - HEADER_BYTES) // row.itemsize)
 
 
-def read_rows(path: Path, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> npt.NDArray[np.generic]:
-    """The complete rows of a growing array, `(rows, *row_shape)`, mapped from the file and read only when looked at."""
-    rows = count_rows(path, dtype, row_shape)
-    shape = (rows, *row_shape)
-    return np.memmap(path, dtype, "r", HEADER_BYTES, shape) if rows else np.zeros(shape, dtype)
+def read_rows(path: Path, row: np.dtype) -> npt.NDArray[Any]:
+    """The complete rows of a growing array, mapped from the file and read only when looked at."""
+    shape = (count_rows(path, row), *row.shape)
+    return np.memmap(path, row.base, "r", HEADER_BYTES, shape) if shape[0] else np.zeros(shape, row.base)
+
+
+def norms_of(scopes: Sequence[str]) -> np.dtype:
+    """The type of the rows of a part: of each scope its norm."""
+    return np.dtype((NORM, (len(scopes),)))
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -169,34 +153,14 @@ def _description(dtype: np.dtype) -> str:
     return repr(np.lib.format.dtype_to_descr(dtype))
 
 
-def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+def _header(row: np.dtype, rows: int) -> bytes:
     """The header of .npy format 1.0, with its keys in NumPy's own order."""
-    text = f"{{'descr': {_description(dtype)}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    text = f"{{'descr': {_description(row.base)}, 'fortran_order': False, 'shape': {(rows, *row.shape)!r}, }}"
     length = HEADER_BYTES - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.encode("ascii").ljust(length - 1) + b"\n"
 
 
-def describe(method: object) -> dict[str, Any]:
-    """Class and settings of a method in types that JSON knows."""
-    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return {
-        "class": type(method).__name__,
-        "settings": {field.name: plain(getattr(method, field.name)) for field in fields},
-    }
-
-
-def plain(value: Any) -> Any:
-    """The value in types that JSON knows: it has no infinity, and no keys but strings."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ScopePart:
     """The norms of the measured scopes over some consecutive steps.
 
@@ -228,7 +192,7 @@ class History:
         """Format, version, name and optimizer of the callback; `segments`: the settings, each `from_step` on."""
         try:
             # Parts are written before the rows they belong to, so they are read after them.
-            self.steps: Steps = read_steps(self.folder)
+            self.steps = read_steps(self.folder)
             """One row a step, `(rows,)`, with the fields of `STEP`."""
             self.parts = tuple(part for part in _read_parts(self.folder, len(self.steps)) if len(part.norms))
             """The norms of the measured scopes; none without `measure_per`."""
@@ -247,12 +211,7 @@ class History:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `meta.json` says, once it is sure that this version understands it.
-
-    Raises:
-        OSError: If it cannot be read.
-        HistoryFormatError: If it is not that of a history, or of another version.
-    """
+    """What `meta.json` says, once it is sure that this version understands it; else a HistoryFormatError."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -267,70 +226,32 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} is a history of version {meta.get('version')!r}, written by lightning-gradclip "
             f"{meta.get('package')!r}, and this version reads {VERSION}; use that release, or another folder"
         )
-    if not _has_segments(meta):
+    segments = meta.get("segments")
+    if not (isinstance(segments, list) and segments and all(set(one) >= _SETTINGS for one in segments)):
         raise HistoryFormatError(f"{path} is damaged: it does not say which settings were used")
     return meta
 
 
 def read_steps(folder: Path) -> Steps:
-    """The complete rows of `steps.npy`, `(rows,)`, mapped from the file.
-
-    Raises:
-        OSError: If it cannot be read.
-        HistoryFormatError: If it is damaged.
-    """
-    return cast("Steps", read_rows(folder / "steps.npy", STEP))
+    """The complete rows of `steps.npy`, `(rows,)`, mapped from the file."""
+    return read_rows(folder / "steps.npy", STEP)
 
 
-def rows_before(folder: Path, start_step: int) -> int:
-    """How many rows of a history come before this step; none where there is no history yet.
-
-    Raises:
-        OSError: If a file cannot be read.
-        HistoryFormatError: If what is there is no history of this version.
-    """
-    path = folder / "steps.npy"
-    if not path.exists():
-        if (folder / "meta.json").exists():
-            read_meta(folder)
-        return 0
-    read_meta(folder)
-    steps = read_steps(folder)["step"]
-    later = np.flatnonzero(steps >= start_step)
-    return int(later[0]) if len(later) else len(steps)
-
-
-def part_paths(folder: Path) -> list[Path]:
-    """The `scopes.<number>.json` of a history, in the order in which they were written."""
+def described_parts(folder: Path) -> Iterator[tuple[Path, int, tuple[str, ...]]]:
+    """Each `scopes.<number>.json`, in the order in which they were written, and the first row and names in it."""
     numbered = ((path.name.split("."), path) for path in folder.glob("scopes.*.json"))
-    return [path for _, path in sorted((int(words[1]), path) for words, path in numbered if words[1].isdecimal())]
-
-
-def read_part(path: Path) -> tuple[int, tuple[str, ...]]:
-    """The first row and the names of a part, from its `scopes.<number>.json`.
-
-    Raises:
-        HistoryFormatError: If it is damaged.
-    """
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        return int(about["first_row"]), tuple(str(name) for name in about["names"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HistoryFormatError(f"{path} is damaged: it does not name the scopes of a part") from error
+    for _, path in sorted((int(words[1]), path) for words, path in numbered if words[1].isdecimal()):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            first_row, names = int(about["first_row"]), tuple(str(name) for name in about["names"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HistoryFormatError(f"{path} is damaged: it does not name the scopes of a part") from error
+        yield path, first_row, names
 
 
 def _read_parts(folder: Path, total: int) -> Iterator[ScopePart]:
-    for path in part_paths(folder):
-        first_row, names = read_part(path)
+    for path, first_row, names in described_parts(folder):
         matrix = path.with_suffix(".npy")
         # A kill may have come between the two files.
         if matrix.exists() and first_row < total:
-            yield ScopePart(
-                first_row, names, cast("Norms", read_rows(matrix, NORM, (len(names),))[: total - first_row])
-            )
-
-
-def _has_segments(meta: dict[str, Any]) -> bool:
-    segments = meta.get("segments")
-    wanted = {"from_step", "method", "action", "norm_type", "measure_per"}
-    return isinstance(segments, list) and bool(segments) and all(wanted <= set(one) for one in segments)
+            yield ScopePart(first_row, names, read_rows(matrix, norms_of(names))[: total - first_row])

@@ -1,9 +1,11 @@
 """Writes a history: once per window of steps, so that a step costs next to nothing."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,11 @@ from lightning_gradclip.record.history import (
     HistoryFormatError,
     Norms,
     Steps,
-    describe,
-    part_paths,
-    plain,
+    described_parts,
+    norms_of,
     read_meta,
-    read_part,
+    read_steps,
     replace_file,
-    rows_before,
 )
 
 # The package is there before any of its modules. It imports this one, so that nothing is imported from it here.
@@ -77,20 +77,17 @@ class HistoryWriter:
         self._parts = 0
         segment = {
             "from_step": start_step,
-            "method": None if method is None else describe(method),
+            "method": None if method is None else _describe(method),
             "action": action,
-            "norm_type": plain(getattr(method, "norm_type", 2.0)),
+            "norm_type": _plain(getattr(method, "norm_type", 2.0)),
             "measure_per": measure_per,
         }
-        about = {"format": FORMAT, "version": VERSION, "package": _RELEASE}
+        about = {"format": FORMAT, "version": VERSION, "package": _RELEASE, "name": name, "optimizer": optimizer}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            keep = rows_before(self.folder, start_step)
-            segments = _segments(self.folder, segment, keep)
-            _write_json(
-                self.folder / "meta.json", {**about, "name": name, "optimizer": optimizer, "segments": segments}
-            )
-            self._steps = GrowingArray(self.folder / "steps.npy", STEP, keep=keep)
+            keep = _rows_before(self.folder, start_step)
+            _write_json(self.folder / "meta.json", {**about, "segments": _segments(self.folder, segment, keep)})
+            self._steps = GrowingArray(self.folder / "steps.npy", STEP, keep)
             self._resume_parts()
 
     def append(
@@ -118,7 +115,9 @@ class HistoryWriter:
             return
         norms = _checked_norms(scopes, scope_norms, len(packed))
         with self._writing():
-            self._forget_unrecorded()
+            if self._part is not None:
+                # Norms whose steps could not be written.
+                self._part.drop(self._steps.rows - self._part_first)
             if norms.size:
                 self._append_scopes(tuple(scopes), norms)
             self._steps.append(packed)
@@ -156,23 +155,17 @@ class HistoryWriter:
         order = packed["step"]
         if len(numbers) and (order[0] < self._last_step or (order[1:] < order[:-1]).any()):
             raise ValueError(
-                f"step {packed['step'].min()} comes after step {max(self._last_step, packed['step'].max())}; "
+                f"step {order.min()} comes after step {max(self._last_step, order.max())}; "
                 "to go back open the history again with start_step="
             )
         return packed
 
     def _append_scopes(self, names: tuple[str, ...], norms: Norms) -> None:
         """Write the norms of the rows that `steps.npy` is about to get."""
-        row = self._steps.rows
-        part = self._part
+        row, part = self._steps.rows, self._part
         if part is None or names != self._part_names or self._part_first + part.rows != row:
             part = self._begin_part(names, row)
         part.append(norms)
-
-    def _forget_unrecorded(self) -> None:
-        """Drop norms whose steps could not be written."""
-        if self._part is not None and self._part_first + self._part.rows > self._steps.rows:
-            self._part.drop(self._steps.rows - self._part_first)
 
     def _begin_part(self, names: tuple[str, ...], row: int) -> GrowingArray:
         if self._part is not None:
@@ -181,15 +174,14 @@ class HistoryWriter:
         path = self.folder / f"scopes.{self._parts}.json"
         path.with_suffix(".npy").unlink(missing_ok=True)
         _write_json(path, {"first_row": row, "names": names})
-        self._part = GrowingArray(path.with_suffix(".npy"), NORM, (len(names),))
+        self._part = GrowingArray(path.with_suffix(".npy"), norms_of(names), 0)
         self._part_names, self._part_first, self._parts = names, row, self._parts + 1
         return self._part
 
     def _resume_parts(self) -> None:
         """Drop the norms of dropped rows, and go on with the last part if it ends where the rows do."""
         kept = self._steps.rows
-        for path in part_paths(self.folder):
-            first, names = read_part(path)
+        for path, first, names in described_parts(self.folder):
             matrix = path.with_suffix(".npy")
             if first >= kept or not matrix.exists():
                 path.unlink()
@@ -197,7 +189,7 @@ class HistoryWriter:
                 continue
             if self._part is not None:
                 self._part.close()
-            self._part = GrowingArray(matrix, NORM, (len(names),), keep=kept - first)
+            self._part = GrowingArray(matrix, norms_of(names), kept - first)
             self._part_names, self._part_first = names, first
             self._parts = int(path.name.split(".")[1]) + 1
 
@@ -220,14 +212,21 @@ def _pick(columns: Sequence[str]) -> dict[str, int]:
 
 
 def _checked_norms(scopes: Sequence[str], norms: npt.ArrayLike | None, count: int) -> Norms:
-    if norms is None and not scopes:
-        return np.empty((count, 0), NORM)
     # What is beyond float32 is infinite there, which is what a reader should see.
     with np.errstate(over="ignore"):
         matrix = np.asarray(np.empty((count, 0)) if norms is None else norms).astype(NORM)
     if matrix.shape != (count, len(scopes)):
         raise ValueError(f"append() got scope_norms of shape {matrix.shape}; it must be {(count, len(scopes))}")
     return matrix
+
+
+def _rows_before(folder: Path, start_step: int) -> int:
+    """How many rows of a history come before this step; none where there is no history yet."""
+    some = (folder / "steps.npy").exists()
+    if some or (folder / "meta.json").exists():
+        read_meta(folder)
+    # The first that comes not before, or else the number of all.
+    return int(np.append(read_steps(folder)["step"] >= start_step, True).argmax()) if some else 0
 
 
 def _segments(folder: Path, segment: dict[str, Any], keep: int) -> list[dict[str, Any]]:
@@ -243,6 +242,24 @@ def _segments(folder: Path, segment: dict[str, Any], keep: int) -> list[dict[str
         )
     same = all(last[key] == segment[key] for key in segment if key != "from_step")
     return earlier if same else [*earlier, segment]
+
+
+def _describe(method: object) -> dict[str, Any]:
+    """Class and settings of a method in types that JSON knows."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    settings = {field.name: _plain(getattr(method, field.name)) for field in fields}
+    return {"class": type(method).__name__, "settings": settings}
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON knows: it has no infinity, and no keys but strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

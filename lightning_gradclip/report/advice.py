@@ -1,7 +1,7 @@
 """Which limits a recorded run suggests, how many steps each would clip, and what to write to use it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_gradclip.report.run import Flags, Numbers, Run
 from lightning_gradclip.report.words import number, percent
 
 # Fewer steps say nothing; a share is only told from a run in which at least ten steps are beyond it.
-LEAST, LEAST_OVER = 100, 10
+_LEAST, _LEAST_OVER = 100, 10
 # An adaptive limit is looked at in so many steps of a long run, evenly spread: that is +- 0.4 points at a share of 0.1.
 _SAMPLED = 20_000
 # A run is cut into so many parts to see how much its clip rate varies.
@@ -24,40 +24,24 @@ _PARTS = 20
 
 @dataclass(frozen=True)
 class Proposal:
-    """A method that would clip about a given share of the steps.
+    """A method that would clip about a given share of the steps."""
 
-    Attributes:
-        method: Name of the class; `option` of its Hydra option.
-        arguments: Those that are not the default.
-        rate: Share of the recorded steps that it would have clipped; `uncertain` half the width of its 95 % interval.
-        early: The same share in the first third of the run, and `late` in the last.
-    """
-
-    method: str
-    option: str
-    arguments: Mapping[str, float]
-    rate: float
-    uncertain: float
-    early: float
-    late: float
+    method: str  # name of the class
+    option: str  # of its Hydra option
+    arguments: Mapping[str, float]  # those that are not the default
+    rate: float  # share of the recorded steps that it would have clipped
+    uncertain: float  # half the width of the 95 % interval of the rate
+    early: float  # the same share in the first third of the run
+    late: float  # in the last
 
 
 def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None = None) -> str:
-    """What to tell about a run, ready to be printed.
-
-    Args:
-        run: Of which every step was recorded.
-        rates: Shares of the steps that shall be clipped, each in (0, 1).
-        from_step: Steps before this one are left out; None: none are.
-
-    Raises:
-        RunError: If points are means over several steps, or there are too few.
-    """
+    """What to tell about a run, from `from_step` on, ready to be printed; `rates` of its steps shall be clipped."""
     sizes = usable_sizes(run, from_step)
     blocks = [_about(run, sizes, from_step)]
     for rate in rates:
-        if len(sizes) * rate < LEAST_OVER:
-            needed = math.ceil(LEAST_OVER / rate)
+        if len(sizes) * rate < _LEAST_OVER:
+            needed = math.ceil(_LEAST_OVER / rate)
             blocks.append(f"To clip {percent(rate)} of the steps: too few to tell, {needed:,} steps are needed.")
             continue
         written = "\n".join(_written(one, run) for one in proposals(sizes, rate) if one.arguments.get("k") != 0)
@@ -70,11 +54,7 @@ def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None
 
 
 def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
-    """The norms that a limit would have been compared with, `(n,)`, in the order of the steps.
-
-    Raises:
-        RunError: If points are means over several steps, or there are too few.
-    """
+    """The norms that a limit would have been compared with, `(n,)`, in order; a RunError if they cannot be told."""
     if not run.each_step:
         raise RunError(
             f"{run.name} holds means over several steps, from which single steps cannot be told; "
@@ -83,27 +63,20 @@ def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
     chosen = np.isfinite(run.norm) & (run.norm > 0)
     if from_step is not None:
         chosen &= run.step >= from_step
-    if (found := int(chosen.sum())) < LEAST:
+    if (found := int(chosen.sum())) < _LEAST:
         raise RunError(
-            f"{run.name} holds {found} steps with a finite norm, too few for advice; record at least {LEAST}"
+            f"{run.name} holds {found} steps with a finite norm, too few for advice; record at least {_LEAST}"
         )
     return run.norm[chosen]
 
 
 def proposals(sizes: Numbers, rate: float) -> list[Proposal]:
-    """A fixed limit and two adaptive ones that clip about this share of such norms.
-
-    Args:
-        sizes: Finite norms > 0, `(n,)`, in the order of the steps.
-        rate: The share, in (0, 1).
-    """
-    max_norm = _rounded(float(np.quantile(sizes, 1 - rate)), 3)
+    """A fixed limit and two adaptive ones that clip about this share of finite norms > 0, `(n,)`, in their order."""
+    max_norm, q = _rounded(float(np.quantile(sizes, 1 - rate)), 3), _rounded(1 - rate, 6)
     everywhere = np.arange(len(sizes))
-    places = everywhere if len(sizes) <= _SAMPLED else np.linspace(0, len(sizes) - 1, _SAMPLED).astype(np.int64)
-    q = _rounded(1 - rate, 6)
-    window = defaults("quantile")["window"]
-    by_quantile = sizes[places] > quantile_limits(sizes, places, q=q, window=window)
+    places = np.linspace(0, len(sizes) - 1, min(len(sizes), _SAMPLED)).astype(np.int64)
     sigma = defaults("sigma")
+    by_quantile = sizes[places] > quantile_limits(sizes, places, q=q, window=defaults("quantile")["window"])
     mean, deviation = moments(sizes, places, window=sigma["window"], warmup=sigma["warmup"])
     k = _fitting_k(sizes[places], mean, deviation, rate)
     return [
@@ -169,46 +142,43 @@ def _written(one: Proposal, run: Run) -> str:
     low, high = sorted((one.early, one.late))
     if high > 2 * low and high - low > 2 * one.uncertain:
         drift = f"; {percent(one.early)} in the first third of the run, {percent(one.late)} in the last"
+    method, callback = _arguments(one, run)
+    python = f"{one.method}({', '.join(method)})"
     lines = [
-        f"  {python(one, run.norm_type)}",
+        f"  {python}",
         f"    expected      {percent(one.rate)} of the steps clipped, +- {one.uncertain * 100:.2g} points{drift}",
-        f"    Python        GradientClipping({', '.join([python(one, run.norm_type), *_callback(run)])})",
+        f"    Python        GradientClipping({', '.join([python, *callback])})",
         f"    Hydra         {' '.join(hydra(one, run))}",
-        f"    LightningCLI  {' '.join(cli(one, run))}",
+        f"    LightningCLI  {' '.join(_cli(one, run))}",
     ]
     return "\n".join(lines)
 
 
-def python(one: Proposal, norm_type: float = 2.0) -> str:
-    """The method as Python writes it."""
-    return f"{one.method}({', '.join(f'{name}={value!r}' for name, value in _arguments(one, norm_type))})"
-
-
 def hydra(one: Proposal, run: Run) -> list[str]:
     """The overrides of a Hydra application."""
-    method = [f"callbacks.gradclip.method.{name}={value!r}" for name, value in _arguments(one, run.norm_type)]
-    return [f"+callbacks/gradclip={one.option}", *method, *(f"callbacks.gradclip.{word}" for word in _callback(run))]
+    return [f"+callbacks/gradclip={one.option}", *(f"callbacks.gradclip.{word}" for word in _words(one, run))]
 
 
-def cli(one: Proposal, run: Run) -> list[str]:
+def _cli(one: Proposal, run: Run) -> list[str]:
     """The flags of a LightningCLI."""
-    method = [f"--trainer.callbacks.method.{name}={value!r}" for name, value in _arguments(one, run.norm_type)]
     return [
         "--trainer.callbacks+=lightning_gradclip.GradientClipping",
         f"--trainer.callbacks.method=lightning_gradclip.{one.method}",
-        *method,
-        *(f"--trainer.callbacks.{word}" for word in _callback(run)),
+        *(f"--trainer.callbacks.{word}" for word in _words(one, run)),
     ]
 
 
-def _arguments(one: Proposal, norm_type: float) -> Iterator[tuple[str, float]]:
-    yield from one.arguments.items()
-    if norm_type != 2.0:
-        yield "norm_type", norm_type
+def _words(one: Proposal, run: Run) -> list[str]:
+    """All arguments as a configuration of the callback has them."""
+    method, callback = _arguments(one, run)
+    return [*(f"method.{word}" for word in method), *callback]
 
 
-def _callback(run: Run) -> list[str]:
-    return [] if run.optimizer is None else [f"optimizer={run.optimizer}"]
+def _arguments(one: Proposal, run: Run) -> tuple[list[str], list[str]]:
+    """Those of the method and those of the callback, each "name=value"."""
+    norm_type = {} if run.norm_type == 2.0 else {"norm_type": run.norm_type}
+    method = [f"{name}={value!r}" for name, value in {**one.arguments, **norm_type}.items()]
+    return method, [] if run.optimizer is None else [f"optimizer={run.optimizer}"]
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -24,32 +24,20 @@ _ROWS = 200
 
 @dataclass(frozen=True)
 class Buckets:
-    """`b` buckets of `width` points each, the last one perhaps shorter; arrays of shape `(b,)`.
+    """`b` buckets of `width` points each, the last one perhaps shorter; arrays of shape `(b,)`."""
 
-    Attributes:
-        width: Points in a bucket; 1: nothing was reduced.
-        step: The first step of each bucket.
-        low: The smallest norm before clipping, NaN if none was finite; `high` the largest.
-        high_step: The step of the largest.
-        median: The median norm before clipping.
-        low_clipped: The smallest norm after clipping; `high_clipped` the largest.
-        limit: At the first step.
-        changed: Share of the steps that clipping changed; one that was not finite counts as not changed.
-        skipped: Dropped steps; `nonfinite` those with NaN or infinite gradients.
-    """
-
-    width: int
-    step: npt.NDArray[np.int64]
-    low: Numbers
+    width: int  # 1: nothing was reduced
+    step: npt.NDArray[np.int64]  # the first
+    low: Numbers  # the smallest norm before clipping, NaN if none was finite
     high: Numbers
-    high_step: npt.NDArray[np.int64]
-    median: Numbers
-    low_clipped: Numbers
+    high_step: npt.NDArray[np.int64]  # where the largest was
+    median: Numbers  # before clipping
+    low_clipped: Numbers  # the smallest norm after clipping
     high_clipped: Numbers
-    limit: Numbers
-    changed: Numbers
-    skipped: Numbers
-    nonfinite: Numbers
+    limit: Numbers  # at the first step
+    changed: Numbers  # share of the steps that clipping changed; one that was not finite counts as not changed
+    skipped: Numbers  # dropped steps
+    nonfinite: Numbers  # steps with NaN or infinite gradients
 
 
 def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Finding], *, share: float) -> dict[str, Any]:
@@ -62,7 +50,7 @@ def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Findi
         "percentiles": {f"{at:g}": _finite(value) for at, value in summary.percentiles.items()},
         "limit": _finite(summary.limit),
         "norms": _norms(run, max(1024, int(_POINTS * share))),
-        "spread": _spread(sizes),
+        "spread": _spread(sizes) if len(sizes) else None,
         "whatIf": _what_if(sizes, run.each_step) if len(sizes) else None,
         "heat": None if heat is None else _heat(heat, found),
     }
@@ -70,16 +58,11 @@ def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Findi
 
 def _norms(run: Run, most: int) -> dict[str, Any]:
     b = bucketed(run, most)
-    norms = {
-        "low": b.low,
-        "median": b.median,
-        "high": b.high,
-        "lowClipped": b.low_clipped,
-        "highClipped": b.high_clipped,
-    }
-    others = {"limit": b.limit, "changed": b.changed, "skipped": b.skipped, "nonfinite": b.nonfinite}
+    columns = {"low": b.low, "median": b.median, "high": b.high}
+    columns |= {"lowClipped": b.low_clipped, "highClipped": b.high_clipped, "limit": b.limit}
+    columns |= {"changed": b.changed, "skipped": b.skipped, "nonfinite": b.nonfinite}
     steps = {"step": _encoded(b.step, "<f8"), "highStep": _encoded(b.high_step, "<f8")}
-    return {"width": b.width, **steps, **{name: _encoded(column) for name, column in {**norms, **others}.items()}}
+    return {"width": b.width, **steps, **{name: _encoded(column) for name, column in columns.items()}}
 
 
 def bucketed(run: Run, most: int) -> Buckets:
@@ -87,8 +70,6 @@ def bucketed(run: Run, most: int) -> Buckets:
     width = -(-len(run) // most)
     starts = np.arange(0, len(run), width)
     lengths = np.diff(np.append(starts, len(run)))
-    low = np.fmin(run.norm, run.norm_max)
-    changed = np.nan_to_num(run.changed)
     # A place in the run, of the first of the largest norms; where none is finite, the bucket's first.
     filled = np.where(np.isfinite(run.norm_max), run.norm_max, -1.0)
     peaks = filled == np.repeat(np.maximum.reduceat(filled, starts), lengths)
@@ -96,14 +77,14 @@ def bucketed(run: Run, most: int) -> Buckets:
     return Buckets(
         width=width,
         step=run.step[starts],
-        low=np.fmin.reduceat(low, starts),
+        low=np.fmin.reduceat(np.fmin(run.norm, run.norm_max), starts),
         high=np.fmax.reduceat(run.norm_max, starts),
         high_step=run.step[places],
         median=_medians(run.norm, width),
         low_clipped=np.fmin.reduceat(run.norm_clipped, starts),
         high_clipped=np.fmax.reduceat(run.norm_clipped, starts),
         limit=run.limit[starts],
-        changed=np.add.reduceat(changed, starts) / lengths,
+        changed=np.add.reduceat(np.nan_to_num(run.changed), starts) / lengths,
         skipped=np.add.reduceat(run.skipped, starts),
         nonfinite=np.add.reduceat(run.nonfinite, starts),
     )
@@ -116,10 +97,8 @@ def _medians(norms: Numbers, width: int) -> Numbers:
     return median(whole.T)
 
 
-def _spread(sizes: Numbers) -> dict[str, Any] | None:
+def _spread(sizes: Numbers) -> dict[str, Any]:
     """Share of the norms in bins that are equally wide on a log scale."""
-    if not len(sizes):
-        return None
     logs = np.log10(sizes)
     low, high = float(logs.min()), float(logs.max())
     if high - low < 1e-3:
@@ -131,7 +110,7 @@ def _spread(sizes: Numbers) -> dict[str, Any] | None:
 def _what_if(sizes: Numbers, each_step: bool) -> dict[str, Any]:
     curve = what_if(sizes)
     # A mean over the largest steps of log events would not be one over steps.
-    mean = curve.mean if each_step else np.full(len(curve.limit), np.nan)
+    mean = curve.mean if each_step else np.full_like(curve.mean, np.nan)
     columns = {"limit": curve.limit, "share": curve.share, "mean": mean, "strongest": curve.strongest}
     return {name: _encoded(column, "<f8") for name, column in columns.items()}
 
@@ -153,10 +132,9 @@ def _heat(heat: Heat, found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def _encoded(values: npt.NDArray[np.generic], dtype: str = "<f4") -> str:
-    limits = np.finfo(dtype)
+    ends = np.finfo(dtype)
     # An infinite norm has no place on an axis; one beyond float32 has its place at the end.
-    clipped = np.clip(values, limits.min, limits.max) if dtype == "<f4" else values
-    return base64.b64encode(np.ascontiguousarray(clipped, dtype).tobytes()).decode("ascii")
+    return base64.b64encode(np.clip(values, ends.min, ends.max).astype(dtype).tobytes()).decode("ascii")
 
 
 def _finite(value: float) -> float | None:

@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it, and torch by neither.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -52,25 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="gradclip.html", metavar="FILE", help="the page to write (%(default)s)")
     advise = commands.add_parser("advise", help="propose limits from a recorded run")
     advise.add_argument("run", metavar="RUN", help=_RUN)
-    advise.add_argument(
-        "--rate",
-        type=_share,
-        action="append",
-        metavar="SHARE",
-        help="share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)",
-    )
+    share = "share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)"
+    advise.add_argument("--rate", type=_share, action="append", metavar="SHARE", help=share)
     advise.add_argument("--from-step", type=int, metavar="STEP", help="leave out the steps before this one")
     return parser
 
 
 def _share(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, such as 0.05, got {word!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(word) < 1:
+            return float(word)
+    raise argparse.ArgumentTypeError(f"must be between 0 and 1, such as 0.05, got {word!r}")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -90,8 +83,8 @@ def _advise(options: argparse.Namespace) -> int:
     from lightning_gradclip.report.advice import advice
     from lightning_gradclip.report.find import find_runs
 
-    texts = [advice(run, options.rate or (0.01, 0.1), options.from_step) for run in find_runs([options.run])]
-    print("\n\n".join(texts))
+    runs = find_runs([options.run])
+    print("\n\n".join(advice(run, options.rate or (0.01, 0.1), options.from_step) for run in runs))
     return 0
 
 

@@ -1,30 +1,38 @@
-"""Finds the runs below a path: histories, or else what a CSV or TensorBoard logger kept."""
+"""Finds and reads the runs below a path: histories, or else what Lightning's CSVLogger and TensorBoard kept.
 
+A log event covers all steps since the one before: the norm is their mean. Where each step was logged a point is a step.
+"""
+
+import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import TypeAlias, cast
 
-from lightning_gradclip.record.history import FORMAT, History, HistoryFormatError
-from lightning_gradclip.report import RunError, logged
-from lightning_gradclip.report.run import Run, from_history
+import numpy as np
+
+from lightning_gradclip.record.history import FORMAT, History, HistoryFormatError, ScopePart
+from lightning_gradclip.report import RunError
+from lightning_gradclip.report.run import Numbers, Run, comparable, from_history
+
+_EVENTS, _MARK = "events.out.tfevents", "clip_rate"
+
+# Of each metric the values by step.
+_Points: TypeAlias = Mapping[str, Mapping[int, float]]
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """All runs in or below each path, named so that they can be told apart.
-
-    Args:
-        paths: History folders, log files, or folders that hold such.
+    """All runs in or below history folders, log files, or folders that hold such, named so that they can be told apart.
 
     Raises:
         RunError: If a path holds no run, or a damaged one.
     """
     found = {(folder, run.name): run for path in paths for folder, run in _runs_of(Path(path))}
     names = _names([folder for folder, _ in found])
-    return [
-        replace(run, name=f"{name} {metric}".strip())
-        for name, (_, metric), run in zip(names, found, found.values(), strict=True)
-    ]
+    return [replace(run, name=f"{name} {run.name}".strip()) for name, run in zip(names, found.values(), strict=True)]
 
 
 def _runs_of(path: Path) -> list[tuple[Path, Run]]:
@@ -48,27 +56,20 @@ def _runs_of(path: Path) -> list[tuple[Path, Run]]:
 def _recorded(path: Path) -> Iterator[tuple[Path, Run]]:
     if path.name in {"meta.json", "steps.npy"}:
         path = path.parent
-    if (path / "steps.npy").exists():
-        # The user named it: if it is not ours, that has to be said.
-        yield path, from_history(History(path))
-        return
-    for folder in _below(path, "meta.json"):
-        if FORMAT.encode() in (folder / "meta.json").read_bytes():
-            yield folder, from_history(History(folder))
+    # What the user named is read in any case: if it is not ours, that has to be said.
+    folders = [path]
+    if not (path / "steps.npy").exists():
+        folders = [one for one in _below(path, "meta.json") if FORMAT.encode() in (one / "meta.json").read_bytes()]
+    return ((folder, from_history(History(folder))) for folder in folders)
 
 
 def _logged(path: Path) -> Iterator[tuple[Path, Run]]:
     if path.is_file():
-        reading = logged.from_tensorboard if logged.is_events(path) else logged.from_csv
-        yield from ((path.parent, run) for run in reading(path))
-        return
+        return _from_tensorboard(path) if path.name.startswith(_EVENTS) else _from_csv(path)
     tables = _below(path, "metrics.csv")
-    for folder in tables:
-        yield from ((folder, run) for run in logged.from_csv(folder / "metrics.csv"))
-    for folder in _below(path, logged.EVENTS):
-        # A trainer with both loggers has written the same points twice.
-        if folder not in tables:
-            yield from ((folder, run) for run in logged.from_tensorboard(folder))
+    # A trainer with both loggers has written the same points twice.
+    events = [folder for folder in _below(path, _EVENTS) if folder not in tables]
+    return chain(*(_from_csv(folder / "metrics.csv") for folder in tables), *map(_from_tensorboard, events))
 
 
 def _below(path: Path, start: str) -> list[Path]:
@@ -89,3 +90,89 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _shared(parts: Sequence[tuple[str, ...]]) -> int:
     """How many leading parts all paths have in common."""
     return next((place for place, ones in enumerate(zip(*parts, strict=False)) if len(set(ones)) > 1), 0)
+
+
+def _from_csv(path: Path) -> Iterator[tuple[Path, Run]]:
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file, strict=True)
+            prefixes, wanted = _ours(table.fieldnames or ())
+            if not prefixes:
+                return
+            for row in table:
+                for name in wanted:
+                    if row[name]:
+                        points[name][int(row["step"])] = float(row[name])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged or no table: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no table of numbers by step as CSVLogger writes it: {error}") from error
+    yield from _runs(points, prefixes, path)
+
+
+def _from_tensorboard(path: Path) -> Iterator[tuple[Path, Run]]:
+    """The runs in a folder of event files, or in one file."""
+    try:
+        from tensorboard.backend.event_processing import event_accumulator  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError as error:
+        raise RunError(
+            f"{path} was written for TensorBoard, which is not installed; pip install 'lightning-gradclip[tensorboard]'"
+        ) from error
+    # 0: every point, instead of a sample.
+    events = event_accumulator.EventAccumulator(str(path), size_guidance={event_accumulator.SCALARS: 0})
+    events.Reload()
+    prefixes, wanted = _ours(cast("list[str]", events.Tags()["scalars"]))
+    yield from _runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, prefixes, path)
+
+
+def _ours(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the metrics of each callback and optimizer begin with, such as "gradclip/", and all that begin so."""
+    prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(f"/{_MARK}")]
+    return prefixes, [name for name in names if name.startswith(tuple(prefixes))]
+
+
+def _runs(points: _Points, prefixes: list[str], path: Path) -> Iterator[tuple[Path, Run]]:
+    for prefix in prefixes:
+        own = {name.removeprefix(prefix): values for name, values in points.items() if name.startswith(prefix)}
+        if not own.get(_MARK):
+            raise RunError(f"{path} names {prefix}{_MARK} but holds no value of it")
+        run = _run(own, prefix, name=prefix[:-1] if len(prefixes) > 1 else "")
+        yield path if path.is_dir() else path.parent, run
+
+
+def _run(points: _Points, prefix: str, name: str) -> Run:
+    steps = sorted(points[_MARK])
+
+    def column(metric: str) -> Numbers:
+        values = points.get(metric, {})
+        return np.array([values.get(step, np.nan) for step in steps], dtype=float)
+
+    scopes = tuple(metric.removeprefix("norm/") for metric in points if metric.startswith("norm/"))
+    norms = [column(f"norm/{scope}") for scope in scopes]
+    norm, largest = column("norm"), column("norm_max")
+    index = prefix.split("/")[-2]
+    return Run(
+        name=name,
+        # The mean of several norms equals the largest only if they are all the same; TensorBoard keeps float32.
+        each_step=np.allclose(norm, largest, rtol=1e-5, atol=0, equal_nan=True),
+        step=np.array(steps, dtype=np.int64),
+        norm=norm,
+        norm_max=largest,
+        norm_clipped=column("norm_clipped"),
+        limit=comparable(column("limit"), column("coef_min")),
+        coef=column("coef_min"),
+        changed=column(_MARK),
+        skipped=_increments(column("skipped")),
+        nonfinite=_increments(column("nonfinite")),
+        overflows=_increments(column("overflows")),
+        parts=(ScopePart(0, scopes, np.stack(norms, axis=1).astype(np.float32)),) if scopes else (),
+        optimizer=int(index) if index.isdecimal() else None,
+    )
+
+
+def _increments(counts: Numbers) -> Numbers:
+    """What was added at each point to a count since the start; one that falls has started again."""
+    known = np.nan_to_num(counts)
+    added = np.diff(known, prepend=0.0)
+    return np.where(added < 0, known, added)

@@ -8,28 +8,23 @@ import numpy.typing as npt
 
 from lightning_gradclip.report.run import Numbers, Run
 
-COLUMNS = 240
+_COLUMNS = 240
 # So many steps of each column are looked at for its median; its largest norm is that of all steps.
 _SAMPLED = 32
+# A spike is held against the median of its column and so many on both sides.
+_REACH = 3
 # What makes a scope stand out. Layers of one network often differ tenfold, seldom a thousandfold.
 VANISHING, EXPLODING, FALLEN, RISEN, DOMINANT, SPIKING = 1e-3, 1e3, 1e-2, 1e2, 0.8, 1e2
 
 
 @dataclass(frozen=True)
 class Heat:
-    """Norms of `s` scopes in `t` columns of consecutive steps.
-
-    Attributes:
-        names: The scopes.
-        step: The first step of each column, `(t,)`.
-        median: Median norm, `(s, t)`; NaN where the scope had no gradient.
-        largest: The largest norm, `(s, t)`.
-    """
+    """Norms of `s` scopes in `t` columns of consecutive steps."""
 
     names: tuple[str, ...]
-    step: npt.NDArray[np.int64]
-    median: Numbers
-    largest: Numbers
+    step: npt.NDArray[np.int64]  # the first of each column, `(t,)`
+    median: Numbers  # `(s, t)`; NaN where the scope had no gradient
+    largest: Numbers  # `(s, t)`
 
     @property
     def levels(self) -> tuple[Numbers, Numbers]:
@@ -40,53 +35,43 @@ class Heat:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one scope.
-
-    Attributes:
-        scope: Its name.
-        kind: "vanished", "vanishing", "exploding", "fallen", "risen", "dominant" or "spiking".
-        number: How much, as a factor or share.
-        norm: The norm that shows it.
-    """
+    """Something about one scope."""
 
     scope: str
-    kind: str
-    number: float
-    norm: float
+    kind: str  # "vanished", "vanishing", "exploding", "fallen", "risen", "dominant" or "spiking"
+    number: float  # how much, as a factor or share
+    norm: float  # the one that shows it
 
 
 def heat(run: Run) -> Heat | None:
     """The norms of the run's scopes; None where none were recorded."""
-    names = tuple(dict.fromkeys(name for part in run.parts for name in part.names))
+    names = dict.fromkeys(name for part in run.parts for name in part.names)
     if not names:
         return None
-    starts = np.unique(np.linspace(0, len(run), min(COLUMNS, len(run)), endpoint=False).astype(np.int64))
+    starts = np.unique(np.linspace(0, len(run), min(_COLUMNS, len(run)), endpoint=False).astype(np.int64))
     edges = np.append(starts, len(run))
     place = {name: row for row, name in enumerate(names)}
     medians, largest = np.full((2, len(names), len(starts)), np.nan)
     for part in run.parts:
         rows = [place[name] for name in part.names]
-        for column, block in _blocks(part.first_row, part.norms, edges):
+        bounds = (edges - part.first_row).clip(0, len(part.norms))
+        for column in np.flatnonzero(np.diff(bounds)):
             # Where two parts meet in a column the later one counts.
+            block = part.norms[bounds[column] : bounds[column + 1]]
             sample = block[:: max(1, len(block) // _SAMPLED)]
             medians[rows, column] = median(np.where(np.isfinite(sample), sample, np.nan))
             largest[rows, column] = np.fmax.reduce(block, axis=0)
-    return Heat(names, run.step[starts], medians, largest)
+    return Heat(tuple(names), run.step[starts], medians, largest)
 
 
 def findings(heat: Heat, norm_type: float = 2.0, most: int = 6) -> list[Finding]:
-    """The scopes that stand out, at most `most`, the most telling first; each is named once.
-
-    Args:
-        heat: Norms of the scopes.
-        norm_type: The p of the p-norm that joins them.
-        most: How many are named.
-    """
-    early, late = heat.levels
-    rules = (_against_others(heat.names, late), _over_time(heat.names, early, late))
+    """The scopes that stand out, at most `most`, the most telling first and each once; `norm_type` joins them."""
+    names, (early, late) = heat.names, heat.levels
+    told = [*_against_others(names, late), *_over_time(names, early, late)]
+    told += [*_dominant(names, late, norm_type), *_spiking(heat)]
     found: dict[str, Finding] = {}
-    for finding in (*rules[0], *rules[1], *_dominant(heat.names, late, norm_type), *_spiking(heat)):
-        found.setdefault(finding.scope, finding)
+    for one in told:
+        found.setdefault(one.scope, one)
     return list(found.values())[:most]
 
 
@@ -130,7 +115,8 @@ def _dominant(names: tuple[str, ...], late: Numbers, norm_type: float) -> Iterat
 
 
 def _spiking(heat: Heat) -> Iterator[Finding]:
-    usual = _smoothed(heat.median)
+    padded = np.pad(heat.median, ((0, 0), (_REACH, _REACH)), constant_values=np.nan)
+    usual = median(np.moveaxis(np.lib.stride_tricks.sliding_window_view(padded, 2 * _REACH + 1, axis=1), 2, 0))
     times = np.divide(heat.largest, usual, out=np.zeros_like(usual), where=(usual > 0) & np.isfinite(heat.largest))
     most, place = times.max(axis=1), times.argmax(axis=1)
     # A step that is a spike in every scope says nothing about one of them.
@@ -138,24 +124,6 @@ def _spiking(heat: Heat) -> Iterator[Finding]:
     for row in np.argsort(-most):
         if most[row] > least:
             yield Finding(heat.names[row], "spiking", float(most[row]), float(heat.largest[row, place[row]]))
-
-
-def _smoothed(medians: Numbers, reach: int = 3) -> Numbers:
-    """The median of each column and its neighbours on both sides, `(s, t)`."""
-    padded = np.pad(medians, ((0, 0), (reach, reach)), constant_values=np.nan)
-    count = medians.shape[1]
-    return median(np.stack([padded[:, shift : shift + count] for shift in range(2 * reach + 1)]))
-
-
-def _blocks(
-    first_row: int, norms: npt.NDArray[np.float32], edges: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """The columns that a part touches, with its norms in them."""
-    last_row = first_row + len(norms)
-    for column in range(len(edges) - 1):
-        begin, end = max(edges[column], first_row), min(edges[column + 1], last_row)
-        if begin < end:
-            yield column, norms[begin - first_row : end - first_row]
 
 
 def median(rows: npt.NDArray[np.floating]) -> Numbers:

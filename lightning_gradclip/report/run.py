@@ -1,7 +1,7 @@
 """A run as report and advice see it, whether every step was recorded or only what a logger kept."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -17,41 +17,23 @@ Flags: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Points in the order of their steps; `n` of them.
+    """Points in the order of their steps, `n` of them; all arrays are `(n,)`."""
 
-    Attributes:
-        name: What the reader of the page calls it.
-        each_step: Whether a point is one step; otherwise it covers the steps between two log events.
-        step: On Lightning's own axis, `(n,)`.
-        norm: Norm before clipping, NaN where it was not finite; a mean where a point is not one step.
-        norm_max: The largest of the steps of a point.
-        norm_clipped: After clipping; 0 for a dropped step.
-        limit: NaN where there was none, or more than one.
-        coef: The smallest factor applied.
-        changed: Share of the steps that clipping changed; NaN for a step that was not finite.
-        skipped: Dropped steps, those of `overflows` not among them.
-        nonfinite: Steps with NaN or infinite gradients, those of `overflows` not among them.
-        overflows: Steps that the GradScaler dropped while it calibrated itself.
-        parts: Norms of scopes; `first_row` is a position in the arrays above.
-        segments: Settings, each `from_step` on; empty where a logger did not keep them.
-        optimizer: Index of the optimizer, where there are several.
-    """
-
-    name: str
-    each_step: bool
-    step: npt.NDArray[np.int64]
-    norm: Numbers
-    norm_max: Numbers
-    norm_clipped: Numbers
-    limit: Numbers
-    coef: Numbers
-    changed: Numbers
-    skipped: Numbers
-    nonfinite: Numbers
-    overflows: Numbers
-    parts: tuple[ScopePart, ...] = ()
-    segments: tuple[Mapping[str, Any], ...] = field(default=())
-    optimizer: int | None = None
+    name: str  # what the reader of the page calls it
+    each_step: bool  # whether a point is one step; otherwise it covers the steps between two log events
+    step: npt.NDArray[np.int64]  # on Lightning's own axis
+    norm: Numbers  # before clipping, NaN where it was not finite; a mean where a point is not one step
+    norm_max: Numbers  # the largest of the steps of a point
+    norm_clipped: Numbers  # after clipping; 0 for a dropped step
+    limit: Numbers  # NaN where there was none, or more than one
+    coef: Numbers  # the smallest factor applied
+    changed: Numbers  # share of the steps that clipping changed; NaN for a step that was not finite
+    skipped: Numbers  # dropped steps, those of `overflows` not among them
+    nonfinite: Numbers  # steps with NaN or infinite gradients, those of `overflows` not among them
+    overflows: Numbers  # steps that the GradScaler dropped while it calibrated itself
+    parts: tuple[ScopePart, ...] = ()  # norms of scopes; `first_row` is a position in the arrays above
+    segments: tuple[Mapping[str, Any], ...] = ()  # settings, each `from_step` on; empty where a logger kept none
+    optimizer: int | None = None  # its index, where there are several
 
     def __len__(self) -> int:
         return len(self.step)
@@ -78,13 +60,8 @@ class Run:
 
 
 def from_history(history: History, name: str = "") -> Run:
-    """The run that a history recorded.
-
-    Raises:
-        RunError: If no step was recorded.
-    """
-    rows = history.steps
-    segments = tuple(history.meta["segments"])
+    """The run that a history recorded; a RunError if it holds no step."""
+    rows, segments = history.steps, tuple(history.meta["segments"])
     if not len(rows):
         raise RunError(f"{history.folder} holds no steps yet")
     finite = rows["finite"] & np.isfinite(rows["norm"])

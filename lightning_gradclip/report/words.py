@@ -144,9 +144,6 @@ def _scopes(heat: Heat | None, found: list[Finding]) -> Iterator[Sentence]:
     for one in found:
         values = {"norm": number(one.norm), "number": number(one.number), "share": percent(one.number)}
         yield Sentence(_SCOPES[one.kind].format(scope=one.scope, **values), "bad")
-    if heat is None or found:
-        return
-    late = heat.levels[1]
-    if np.isfinite(late).any():
+    if heat is not None and not found and np.isfinite(late := heat.levels[1]).any():
         bounds = f"between {number(float(np.nanmin(late)))} and {number(float(np.nanmax(late)))}"
         yield Sentence(f"No scope vanishes or explodes: at the end their norms lie {bounds}.", "good")
