@@ -70,14 +70,7 @@ class Clipper(Recorded):
         fold: bool = False,
     ) -> None:
         options = Options(
-            method,
-            action,
-            nonfinite,
-            max_consecutive_skips,
-            include=include,
-            exclude=exclude,
-            measure_per=measure_per,
-            fold=fold,
+            method, action, nonfinite, max_consecutive_skips, include, exclude, measure_per=measure_per, fold=fold
         )
         self._serve(named_parameters, optimizer, options, ())
 

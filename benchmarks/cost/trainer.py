@@ -98,17 +98,19 @@ def steps(layers: int, every: int, per: str | None, folder: str | None) -> Calla
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(layers)])
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    clipper = Clipper(model.named_parameters(), NormClip(max_norm=1e9), measure_per=per)
-    from lightning_gradclip.trainer.record import Recorder  # not public: here alone, so that the rest runs without it
+    # Not public: here alone, so that the rest runs without it.
+    from lightning_gradclip.act.policy import Options
+    from lightning_gradclip.trainer.record import Recorder
 
+    clippers: dict[int, Clipper] = {}
     opening = None if folder is None else partial(opened, folder, per)
-    recorder, count = Recorder(opening, histograms=False), itertools.count()
-    recorder.listen_to(clipper, 0)
+    recorder, count = Recorder(clippers, opening, histograms=False), itertools.count()
+    options = Options(NormClip(max_norm=1e9), measure_per=per)
+    clipper = clippers[0] = Clipper.with_options(model.named_parameters(), None, options, recorder.readers(0))
 
     def run() -> None:
         for step in itertools.islice(count, STRETCH):
-            recorder.begin_batch(step)
-            clipper.step()
+            clipper.step(at=step)
             if (step + 1) % every == 0:
                 recorder.take_norms()
                 clipper.metrics()

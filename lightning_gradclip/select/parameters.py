@@ -54,7 +54,7 @@ class Selection:
         return False
 
     def gradients(self) -> list[Tensor | None]:
-        """What this rank holds of each gradient, None where absent; what is still to be added up over ranks is, each."""
+        """What this rank holds of each gradient, None where absent; sums over ranks that are still due are made."""
         if not self.is_distributed:
             return [parameter.grad for parameter in self.params]
         pairs = ((parameter.grad, parameter) for parameter in self.params)
