@@ -170,7 +170,6 @@ class AllFloats:
         return len(self._long) + len(self._recent)
 
     def rows(self) -> dict[str, Tensor]:
-        """The state of `AllSizes`; recent ones are in ascending order."""
         return {
             "sorted": torch.from_numpy(self._long).clone()[None],
             "recent": torch.tensor([self._recent], dtype=torch.float64, device="cpu"),

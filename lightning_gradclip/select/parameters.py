@@ -54,7 +54,7 @@ class Selection:
         return False
 
     def gradients(self) -> list[Tensor | None]:
-        """What this rank holds of each gradient, None where absent; what is still to be added up over ranks is, each."""
+        """What this rank holds of each gradient, None where absent; a collective adds up first what is yet to be."""
         if not self.is_distributed:
             return [parameter.grad for parameter in self.params]
         pairs = ((parameter.grad, parameter) for parameter in self.params)
@@ -132,8 +132,8 @@ class Names:
                 "include='*' and exclude=[] admit all"
             )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
-        layouts = layout.layouts(names, params, self._module)
         by_group = tuple(tuple(group["params"]) for group in groups)
+        layouts = layout.layouts(names, params, self._module)
         return Selection(params, names, of_group, tuple(owned.values()), layouts, by_group)
 
     def _admits(self, *names: str) -> bool:
