@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lightning_gradclip.record.step import StepStats as StepStats
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
-
     # A frozen application may hold no source; its imports from submodules go on working.
     _SOURCE = __spec__.loader.get_source(__name__) or ""
     _MODULE_OF = {w[3]: w[1] for w in map(str.split, _SOURCE.splitlines()) if w[:1] == ["from"] and w[4:5] == ["as"]}

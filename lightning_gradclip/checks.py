@@ -26,8 +26,9 @@ def number(
     remedy: str = "",
 ) -> float:
     """Return `value` as a plain float, or say which number was expected."""
+    remedy = remedy and f"; {remedy}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){remedy}")
     try:
         result = float(value)
     except OverflowError:
@@ -38,23 +39,25 @@ def number(
     if finite and math.isinf(result):
         bounds.append("finite")
     if math.isnan(result) or bounds:
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}, got {value!r}{_tail(remedy)}")
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}, got {value!r}{remedy}")
     return result
 
 
 def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int:
     """Return `value` as a plain int, or say which whole number was expected."""
+    remedy = remedy and f"; {remedy}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}){_tail(remedy)}")
+        raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}){remedy}")
     if value < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {value!r}{_tail(remedy)}")
+        raise ValueError(f"{name} must be >= {at_least}, got {value!r}{remedy}")
     return int(value)
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...], *, remedy: str = "") -> str:
     """Return `value` if it is one of `allowed`, or list what is allowed."""
+    remedy = remedy and f"; {remedy}"
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{_tail(remedy)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{remedy}")
     return str(value)
 
 
@@ -104,7 +107,3 @@ class KnownArguments:
             names = ", ".join(map(repr, unknown))
             raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {', '.join(known)}")
         return super().__new__(cls)
-
-
-def _tail(remedy: str) -> str:
-    return f"; {remedy}" if remedy else ""

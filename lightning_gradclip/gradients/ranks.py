@@ -85,14 +85,13 @@ class Reducer:
         """Global norms from local ones, in one collective.
 
         Args:
-            norms: Vectors of p-norms of what this rank holds, `(P,)`, or `(U,)` with `owner`.
+            norms: Vectors of p-norms of what this rank holds, `(P,)`, or `(U,)` with their parameters as `owner`.
             present: For each parameter whether this rank has a gradient of it.
             norm_type: The p of the norms, in (0, inf].
             numbers: Vectors of numbers, `(P,)`, to be added up; not beside inf-norms.
             owner: The parameter that each norm belongs to, `(U,)`.
 
-        Returns:
-            Norms in the dtype in which they were measured; on CPU in the widest in which a rank measured them.
+        Norms keep the dtype in which they were measured; on CPU the widest in which a rank measured them.
         """
         device = self.device
         shares = self._shares_on(device)

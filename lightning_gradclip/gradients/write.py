@@ -48,12 +48,7 @@ class ScaleAll(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Multiply the gradient of each parameter by the coefficient of its scope.
-
-    Attributes:
-        coefs: For each scope, `(S,)`, on any device.
-        scopes: For each parameter the index of its scope.
-    """
+    """Multiply the gradient of each parameter by the coefficient, of `(S,)` on any device, of its scope."""
 
     coefs: Tensor
     scopes: Sequence[int]
@@ -69,12 +64,9 @@ class Scale(NamedTuple):
 
 
 class ScaleUnits(NamedTuple):
-    """Multiply each unit of the gradients by its coefficient.
+    """Multiply each unit of the gradients by its coefficient, of `(sum(rows),)`; `rows` counts those of each parameter.
 
-    Attributes:
-        coefs: The coefficient of each unit, `(sum(rows),)`.
-        rows: The number of units of each parameter: slices of its gradient along dim 0; a gradient of fewer than two
-            dims is one.
+    Units are slices of a gradient along dim 0; a gradient of fewer than two dims is one.
     """
 
     coefs: Tensor
@@ -99,13 +91,7 @@ class ScaleUnits(NamedTuple):
 
 
 class Clamp(NamedTuple):
-    """Replace entries below `low` by it and entries above `high` by that; NaN stays.
-
-    Attributes:
-        low: Smallest entry allowed.
-        high: Largest entry allowed.
-        places: The parameters that may have entries outside.
-    """
+    """Replace entries below `low` by it and above `high` by that, of the parameters at these places; NaN stays."""
 
     low: float
     high: float
@@ -175,13 +161,9 @@ class _UnitBatches:
         self._batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
 
     def take(self, parameter: Tensor, start: int, end: int, units: Tensor | None) -> None:
-        """Multiply the units of one gradient, now or with others.
+        """Multiply the units of one gradient, whose coefficients are those from `start` to `end`, now or with others.
 
-        Args:
-            parameter: Whose gradient.
-            start: The place of its first coefficient.
-            end: The place behind its last.
-            units: Those that change, counted from 0; None: perhaps all.
+        Given are those that change, counted from 0; None: perhaps all.
         """
         if (gradient := parameter.grad) is None:
             return

@@ -13,8 +13,6 @@ _INIT = Path(__file__).parents[2] / "conf" / "__init__.py"
 
 
 class _CheckoutConf:
-    """A meta-path finder for one package."""
-
     @staticmethod
     def find_spec(fullname: str, *_: object) -> ModuleSpec | None:
         if fullname != "lightning_gradclip.conf" or not _INIT.is_file():

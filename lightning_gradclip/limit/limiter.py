@@ -25,22 +25,14 @@ from lightning_gradclip.select.scopes import Scopes, Units
 
 @dataclass(slots=True)
 class Outcome:
-    """One step before anything is done about it.
+    """One step before anything is done about it."""
 
-    Attributes:
-        sizes: Statistic of each scope, `(S,)`, or the float of the only one; so are `limits`.
-        change: How the gradients are to be written; None: not at all.
-        row: The row of a step that goes ahead; on the host where the host decides.
-        measured: Norms of the scopes that `measure_per` asked for, NaN for absent ones.
-        nothing: Whether this rank has no gradient, and no other rank has.
-    """
-
-    sizes: Any
-    limits: Any
-    change: Change | None
-    row: Row | Tensor
-    measured: Tensor | None
-    nothing: bool
+    sizes: Any  # statistic of each scope, `(S,)`, or the float of the only one
+    limits: Any  # the same
+    change: Change | None  # how the gradients are to be written; None: not at all
+    row: Row | Tensor  # of a step that goes ahead; on the host where the host decides
+    measured: Tensor | None  # norms of the scopes that `measure_per` asked for, NaN for absent ones
+    nothing: bool  # whether this rank has no gradient, and no other rank has
 
     @property
     def finite(self) -> float | Tensor:
@@ -62,16 +54,13 @@ class Outcome:
 
 @dataclass(slots=True)
 class Sizes:
-    """What was measured: norms of the scopes, `(S,)`, and of all together, 0-d, and what the method looks at.
+    """What was measured."""
 
-    That is `sizes`, its statistic of each scope, and `weights`, where it wants those. The rest is as in `Outcome`.
-    """
-
-    norms: Tensor
-    joint: Tensor
-    sizes: Tensor
-    weights: Tensor | None
-    measured: Tensor | None
+    norms: Tensor  # of the scopes, `(S,)`
+    joint: Tensor  # of all together, 0-d
+    sizes: Tensor  # the statistic that the method limits, of each scope
+    weights: Tensor | None  # the same of the weights, where the method wants it
+    measured: Tensor | None  # as in `Outcome`
     nothing: bool
 
 

@@ -44,7 +44,6 @@ class AGC(ClipMethod):
 
     scopes = ("unit", "parameter")
     needs_weight = True
-
     clip_factor: Scheduled = 0.01
     eps: float = 1e-3
     per: str = "unit"

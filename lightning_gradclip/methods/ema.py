@@ -47,7 +47,6 @@ class EmaClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
-
     ratio: float = 1.04
     beta: float = 0.99
     warmup: int = 100

@@ -170,7 +170,6 @@ class AllFloats:
         return len(self._long) + len(self._recent)
 
     def rows(self) -> dict[str, Tensor]:
-        """The state of `AllSizes`; recent ones are in ascending order."""
         return {
             "sorted": torch.from_numpy(self._long).clone()[None],
             "recent": torch.tensor([self._recent], dtype=torch.float64, device="cpu"),
@@ -202,7 +201,6 @@ class AllSizes(Memory):
 
     Sorting everything would cost more and more: a short unsorted row is merged into a long sorted one when it is full.
     An order statistic of both is found by sorting the short row with as many neighbours of its place in the long one.
-
     The state is `sorted`, `(S, N)`, and `recent`, `(S, M)`, M < 1024, with +inf for no size, and `count`, `(S,)`.
     """
 

@@ -42,7 +42,6 @@ class Normalize(ClipMethod):
 
     may_grow = True
     on_floats = True
-
     target: Scheduled = 1.0
     smoothing: float = 1e-6
     norm_type: float = 2.0
@@ -59,5 +58,4 @@ class Normalize(ClipMethod):
 
     def coef(self, size: Number, limit: Number) -> Number:
         # A norm near the smallest number has no finite factor.
-        factor = minimum(divide(limit, size + self.smoothing), largest(size))
-        return where(size > 0, factor, 1.0)
+        return where(size > 0, minimum(divide(limit, size + self.smoothing), largest(size)), 1.0)

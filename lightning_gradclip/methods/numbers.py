@@ -1,8 +1,7 @@
-"""Arithmetic on tensors and on plain floats alike, so that a rule is written once and used on both.
+"""Arithmetic on tensors and plain floats alike: a rule with `on_floats = True` is written once and used on both.
 
 The numbers of a single scope whose gradients are on CPU are floats: an operation costs thirty nanoseconds there, and a
 microsecond on a tensor. Both give the same bits, but for square roots, which torch does not always round correctly.
-A rule says that it is written this way by `on_floats = True`.
 """
 
 import math

@@ -2,9 +2,8 @@
 
 Rule: with h the sizes of a scope in earlier steps, the limit is the q-quantile of h by linear interpolation; none
 before the first step. `window` sizes are remembered; `include_current` puts this step's size among them first. A
-lasting shift of the level, by any factor, is followed within `window` steps, with window=None within as many as there
-were: after (1 - q) * window of them and one more the limit is a norm of the new level (q * window downward), after all
-of them its q-quantile.
+lasting shift of the level, by any factor, is followed within `window` steps (None: all so far): after (1 - q) * window
+of them and one more the limit is a norm of the new level (q * window downward), after all of them its q-quantile.
 
 Source: P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
 Networks", MLSP 2020: include_current=True, window=None, q=0.10 (the option `autoclip`). With the defaults it is
@@ -46,7 +45,6 @@ class QuantileClip(Remembering):
 
     epsilon = 0.0
     on_floats = True
-
     q: float = 0.9
     window: int | None = 1000
     include_current: bool = False
@@ -63,9 +61,7 @@ class QuantileClip(Remembering):
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
-        if self.window is None:
-            return AllSizes.fresh(size, like=self.state_dict())
-        return LastSizes.fresh(size, self.window)
+        return AllSizes.fresh(size, self.state_dict()) if self.window is None else LastSizes.fresh(size, self.window)
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return self._memory.quantile(self.state, self.q, size if self.include_current else None)

@@ -45,7 +45,6 @@ class SigmaClip(Remembering):
     epsilon = 0.0
     on_floats = True
     _memory = LastSizes
-
     k: float = 3.0
     window: int = 128
     warmup: int = 64

@@ -1,13 +1,11 @@
 """Clipping by value: every entry of the gradient is clamped to fixed bounds.
 
 Rule: g becomes min(max(g, min_value), max_value), entry by entry. Without `min_value` the bounds are [-c, c] with c =
-max_value: zero-centered gradient clipping. The direction changes: large entries are cut, small ones stay. That is not
-clipping by the infinity norm, which scales all entries alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and
-[1, -0.167] there.
+max_value: zero-centered gradient clipping. The direction changes: large entries are cut, small ones stay. Clipping by
+the infinity norm scales all alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and [1, -0.167] there.
 
-Source: `torch.nn.utils.clip_grad_value_` and `torch.clamp`, which this method equals bit for bit; T. Mikolov,
-"Statistical Language Models Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, clipped the
-gradients of recurrent networks this way.
+Source: `torch.nn.utils.clip_grad_value_` and `torch.clamp`, equal bit for bit; T. Mikolov, "Statistical Language Models
+Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, of recurrent networks.
 
 Deviations: gradients without an entry outside the bounds are not written at all. Bounds that do not hold zero between
 them are refused: they would turn a zero gradient into a step.
@@ -42,7 +40,6 @@ class ValueClip(ClipMethod):
 
     scopes = ("element",)
     per = "element"
-
     max_value: Scheduled = 0.5
     min_value: Scheduled | None = None
 

@@ -2,11 +2,9 @@
 
 Rule: the first `warmup` sizes of a scope give the mean mu and the population variance; then z = (x - mu) / (s + 1e-6)
 with s the standard deviation, and where z > z_threshold the limit is
-
 - mode="reciprocal": clip_factor * (mu + z_threshold * s / (z / z_threshold)),
 - mode="mean": clip_factor * mu,
 - mode="max": clip_factor * (mu + z_threshold * s), where x exceeds mu + z_threshold * s.
-
 A `max_norm` limits in addition, during the warm-up too. After acting, with v the size to remember, mu = alpha * mu +
 (1 - alpha) * v, then variance = alpha * variance + (1 - alpha) * (v - mu)**2.
 
@@ -47,8 +45,8 @@ class ZClip(ClipMethod):
         mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; "max", the largest that is none.
         clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
         max_norm: A limit that always holds, > 0; None: none. A mapping of step to value is interpolated linearly.
-        memory: What is remembered of a spike: "winsorized", the largest that is none; "faithful", its limit as
-            published.
+        memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", what it was
+            reduced to, as published.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
 
     Raises:
@@ -58,7 +56,6 @@ class ZClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
-
     z_threshold: float = 2.5
     alpha: float = 0.97
     warmup: int = 25
@@ -119,5 +116,4 @@ class ZClip(ClipMethod):
             is_spike, reduced = z > self.z_threshold, mean
         else:
             is_spike, reduced = size > highest, highest
-        is_spike = is_spike & (self.state["count"] >= self.warmup)
-        return where(is_spike, self.clip_factor * reduced, math.inf)
+        return where(is_spike & (self.state["count"] >= self.warmup), self.clip_factor * reduced, math.inf)

@@ -15,23 +15,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one parameter, and with it its gradient, is laid out over the ranks.
+    """How one parameter, and with it its gradient, is laid out over the ranks."""
 
-    Attributes:
-        numel: How many entries it has over all ranks; None: as many as on this one.
-        pieces: How many different pieces it is cut into; 1: every rank holds all of it.
-        ranks: The ranks among which it is cut or copied; None: all of the run.
-        flattened: Whether the pieces are cut from a flat vector, so that rows fall into several pieces.
-        joined: Whether several parameters of the model were joined into this one.
-        distributed: Whether it is a DTensor.
-    """
-
-    numel: int | None = None
-    pieces: int = 1
-    ranks: tuple[int, ...] | None = None
-    flattened: bool = False
-    joined: bool = False
-    distributed: bool = False
+    numel: int | None = None  # entries over all ranks; None: as many as on this one
+    pieces: int = 1  # into which it is cut; 1: every rank holds all of it
+    ranks: tuple[int, ...] | None = None  # among which it is cut or copied; None: all of the run
+    flattened: bool = False  # whether the pieces are cut from a flat vector, so that rows fall into several
+    joined: bool = False  # whether several parameters of the model were joined into this one
+    distributed: bool = False  # whether it is a DTensor
 
 
 def layouts(names: Sequence[str], params: Sequence[Tensor], module: nn.Module | None) -> tuple[Layout, ...]:

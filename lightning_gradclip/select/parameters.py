@@ -22,23 +22,14 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 
 @dataclass(frozen=True)
 class Selection:
-    """The parameters of one optimizer that match the patterns, each once, in the optimizer's order.
-
-    Attributes:
-        params: The selected parameters.
-        names: Their names, wrapper prefixes stripped; "group0.3" for parameters outside the module.
-        groups: For each of them the name of its parameter group.
-        owned: All parameters of the optimizer, selected or not.
-        layouts: For each of them how it is laid out over the ranks.
-        by_group: What the optimizer's parameter groups held when it was asked.
-    """
+    """The parameters of one optimizer that match the patterns, each once, in the optimizer's order."""
 
     params: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
-    owned: tuple[Tensor, ...]
-    layouts: tuple[Layout, ...]
-    by_group: tuple[tuple[Tensor, ...], ...]
+    names: tuple[str, ...]  # wrapper prefixes stripped; "group0.3" for parameters outside the module
+    groups: tuple[str, ...]  # for each parameter the name of its group
+    owned: tuple[Tensor, ...]  # all parameters of the optimizer, selected or not
+    layouts: tuple[Layout, ...]  # how each is laid out over the ranks
+    by_group: tuple[tuple[Tensor, ...], ...]  # what the optimizer's groups held when it was asked
 
     def is_outdated(self, optimizer: Optimizer | None) -> bool:
         """Whether the optimizer has other parameters by now."""
@@ -132,8 +123,8 @@ class Names:
                 "include='*' and exclude=[] admit all"
             )
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
-        layouts = layout.layouts(names, params, self._module)
         by_group = tuple(tuple(group["params"]) for group in groups)
+        layouts = layout.layouts(names, params, self._module)
         return Selection(params, names, of_group, tuple(owned.values()), layouts, by_group)
 
     def _admits(self, *names: str) -> bool:

@@ -25,7 +25,6 @@ class Scopes:
 
     @property
     def count(self) -> int:
-        """The number of scopes, `S`."""
         return len(self.names)
 
     def index_on(self, device: torch.device) -> Tensor:
@@ -45,7 +44,7 @@ class Scopes:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The output units of some parameters, in order, each a scope.
+    """The `S` output units of some parameters, in order, each a scope.
 
     A unit is a slice of a weight along dim 0, one for each output of its layer; a bias or scalar is one unit.
     Parameters of lazy modules take their shape when the model first runs.
@@ -76,7 +75,6 @@ class Units:
 
     @property
     def count(self) -> int:
-        """The number of units, `S`."""
         return self.starts[-1]
 
     @cached_property
