@@ -31,7 +31,6 @@ import torch
 from timing import Case, Times, calls_within, micros, ratio, shown, table, timed
 
 import lightning_gradclip
-from lightning_gradclip import GradientClipping, NormClip
 
 HEAD = ["row", "old, us", "new, us", "CPU time, new / old", "least / least", "wall time, new / old"]
 # Pairs of processes, and how often the case of a row is made among them.
@@ -62,7 +61,10 @@ def stepping(make: Callable[[], Case]) -> tuple[Sample, int]:
 
 def fitting(layers: int, **options: Any) -> tuple[Sample, int]:
     """A step in a Trainer: the median of the stretches of a fit."""
-    import trainer  # and with it Lightning, in a second that other rows need not wait
+    # Lightning takes a second to import, which other rows need not wait.
+    import trainer
+
+    from lightning_gradclip import GradientClipping, NormClip
 
     trainer.quieten()
 

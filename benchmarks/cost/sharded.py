@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from timing import Times, ratio, shown, table, timed
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.utils import clip_grad_norm_
 
@@ -51,6 +49,9 @@ def measure(rank: int, rounds: int, labels: Collection[str], meeting: str, answe
 
 
 def compare(layers: int, width: int, limit: float, rounds: int) -> dict[str, Times]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
     model(torch.randn(4, width)).square().mean().backward()
