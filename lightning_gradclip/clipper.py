@@ -14,7 +14,7 @@ from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
-from lightning_gradclip.gradients import ranks, write
+from lightning_gradclip.gradients import ranks, read, write
 from lightning_gradclip.limit.entries import EntryLimiter
 from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
 from lightning_gradclip.limit.units import UnitLimiter
@@ -141,7 +141,7 @@ class Clipper(Recorded):
             scale = 1.0 if scaler is None else self._unscale(scaler)
             if self._writes and self._selection.is_distributed:
                 write.settle_(self._selection.params)
-            gradients = self._selection.gradients()
+            gradients = read.gradients_of(self._selection)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None and all(gradient is None for gradient in gradients):
                 return StepStats.of_nothing(self._limiter.scopes)

@@ -19,7 +19,8 @@ from torch.optim import AdamW
 
 import lightning_gradclip
 from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormClip
-from lightning_gradclip.select.layout import local, settled
+from lightning_gradclip.gradients.ranks import settled
+from lightning_gradclip.select.layout import local
 
 pytestmark = pytest.mark.distributed
 

@@ -1,4 +1,4 @@
-"""From what a step would do to what is done: guard, write, learn. The only place that decides about a step."""
+"""From what a step would do, which its outcome says, to what is done: guard, write or drop, learn."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lightning_gradclip.act import scaler as scaling
-from lightning_gradclip.act import skips as words
+from lightning_gradclip.act import skips
 from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Policy
 from lightning_gradclip.act.skips import Skips
-from lightning_gradclip.gradients import ranks, write
+from lightning_gradclip.gradients import ranks, read, write
 from lightning_gradclip.limit.limiter import Limiter, Outcome
 from lightning_gradclip.record.step import Row, amended, dropped, overflowing
 from lightning_gradclip.select.parameters import Selection
@@ -91,11 +91,11 @@ class Actor:
     def _mend(self, outcome: Outcome, row: Row, step: int, *, detailed: bool) -> Verdict:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         if self._policy.nonfinite == "raise":
-            return Verdict(outcome, row, partial(words.fail, step, self._culprits()))
+            return Verdict(outcome, row, partial(skips.fail, step, self._culprits()))
         if self._policy.nonfinite == "skip":
             return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step, scaled=False)
         write.zero_nonfinite_(self._selection.params)
-        outcome = self._limiter.judge(self._selection.gradients(), step, on_host=True, detailed=detailed)
+        outcome = self._limiter.judge(read.gradients_of(self._selection), step, on_host=True, detailed=detailed)
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             excess = partial(outcome.excess, self._limiter.scopes)
@@ -121,5 +121,5 @@ class Actor:
         return Verdict(outcome, amended(row, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
 
     def _culprits(self) -> str:
-        bad = [gradient is not None and not words.is_finite(gradient) for gradient in self._selection.gradients()]
-        return words.offenders(self._selection.names, self._limiter.anywhere(bad))
+        bad = [gradient is not None and not read.is_finite(gradient) for gradient in read.gradients_of(self._selection)]
+        return skips.offenders(self._selection.names, self._limiter.anywhere(bad))

@@ -7,14 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients.norms import dense_values
-
 _NAMED = 5
-
-
-def is_finite(gradient: Tensor) -> bool:
-    """Whether all entries are."""
-    return bool(torch.isfinite(dense_values(gradient)).all())
 
 
 def offenders(names: Sequence[str], flags: Sequence[bool]) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_gradclip.gradients.norms import Tensors, home, integers_on
+from lightning_gradclip.select import layout
 from lightning_gradclip.select.layout import Layout
 from lightning_gradclip.select.parameters import Selection
 
@@ -191,6 +192,14 @@ def reducer_for(selection: Selection) -> Reducer | None:
         if len(ranks) < dist.get_world_size():
             group = dist.new_group(ranks, use_local_synchronization=True)
     return Reducer(selection.names, selection.params, selection.layouts, group)
+
+
+def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient laid out like its parameter: what is still to be added up over ranks is added up, by a collective."""
+    if not layout.is_distributed(gradient) or not layout.is_distributed(parameter):
+        return gradient
+    wanted = parameter.placements
+    return gradient if gradient.placements == wanted else gradient.redistribute(placements=wanted)
 
 
 def is_first_rank() -> bool:

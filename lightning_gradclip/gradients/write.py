@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_gradclip.gradients import foreach, norms
 from lightning_gradclip.gradients.entries import stored_bounds
 from lightning_gradclip.gradients.norms import CHUNK, FEW, MANY
+from lightning_gradclip.gradients.ranks import settled
 from lightning_gradclip.select import layout
 
 _dtype_of = attrgetter("dtype")
@@ -112,9 +113,9 @@ def settle_(params: Iterable[Tensor]) -> None:
     """Add up, for good, gradients that are still to be added up over ranks, by a collective for each."""
     for parameter in params:
         if (gradient := parameter.grad) is not None:
-            settled = layout.settled(gradient, parameter)
-            if settled is not gradient:
-                parameter.grad = settled
+            whole = settled(gradient, parameter)
+            if whole is not gradient:
+                parameter.grad = whole
 
 
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:

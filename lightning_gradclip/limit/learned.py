@@ -1,4 +1,7 @@
-"""Learned values across runs: rows named by their scope, and a fingerprint of what they mean."""
+"""What a method has learned, kept in order: a row for each scope by its name, across runs, with what it means.
+
+What is learned, and the limit that follows from it, is up to the method.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -46,7 +46,7 @@ class Window:
 
     def __init__(self, *readers: Reader) -> None:
         self._readers = readers
-        self._steps: list[int] = []
+        self._step_numbers: list[int] = []
         self._rows: list[Row | Tensor] = []
         self._norms: list[Tensor] = []
         self._scopes: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Window:
             self._fold_scopes()
             self._scopes = scopes
             self._capacity = max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes))))
-        self._steps.append(step)
+        self._step_numbers.append(step)
         self._rows.append(row)
         if norms is not None:
             self._norms.append(norms)
@@ -82,8 +82,8 @@ class Window:
         if not self._rows:
             return
         rows, norms = _fetched(self._rows, self._norms)
-        packed = Packed(self._steps, rows, self._scopes, norms)
-        self._steps, self._rows, self._norms = [], [], []
+        packed = Packed(self._step_numbers, rows, self._scopes, norms)
+        self._step_numbers, self._rows, self._norms = [], [], []
         self._rows_seen.append(packed.rows)
         self._count_seen += len(packed.rows)
         if packed.scopes:
@@ -132,7 +132,7 @@ class Window:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` left off, to the bit; the readers are not told of these steps again."""
-        self._steps, self._rows, self._norms, self._scopes = [], [], [], tuple(state["scopes"])
+        self._step_numbers, self._rows, self._norms, self._scopes = [], [], [], tuple(state["scopes"])
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
         self._since_start = dict(state["since_start"])
         self._rows_seen, self._norms_seen = (

@@ -59,14 +59,6 @@ def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
     return type(tensor).from_local(piece, tensor.device_mesh, tensor.placements, run_check=False, **like)
 
 
-def settled(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient laid out like its parameter: what is still to be added up over ranks is added up, by a collective."""
-    if not is_distributed(gradient) or not is_distributed(parameter):
-        return gradient
-    wanted = parameter.placements
-    return gradient if gradient.placements == wanted else gradient.redistribute(placements=wanted)
-
-
 def rows(parameter: Tensor) -> Tensor | None:
     """Which slices along dim 0 this rank holds at least a part of, `(n,)`; None: all."""
     if not is_distributed(parameter) or parameter.ndim < 2:

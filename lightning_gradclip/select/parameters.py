@@ -44,13 +44,6 @@ class Selection:
                 return True
         return False
 
-    def gradients(self) -> list[Tensor | None]:
-        """What this rank holds of each gradient, None where absent; sums over ranks that are still due are made."""
-        if not self.is_distributed:
-            return [parameter.grad for parameter in self.params]
-        pairs = ((parameter.grad, parameter) for parameter in self.params)
-        return [None if one is None else layout.local(layout.settled(one, parameter)) for one, parameter in pairs]
-
     @cached_property
     def is_distributed(self) -> bool:
         """Whether some parameter is a DTensor, whose gradient may be still to be added up."""
