@@ -5,7 +5,7 @@ max_value: zero-centered gradient clipping. The direction changes: large entries
 the infinity norm scales all alike: with a limit of 1, [3, -0.5] becomes [1, -0.5] here and [1, -0.167] there.
 
 Source: `torch.nn.utils.clip_grad_value_` and `torch.clamp`, equal bit for bit; T. Mikolov, "Statistical Language Models
-Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, of recurrent networks.
+Based on Neural Networks", PhD thesis, Brno University of Technology, 2012, for recurrent networks.
 
 Deviations: gradients without an entry outside the bounds are not written at all. Bounds that do not hold zero between
 them are refused: they would turn a zero gradient into a step.
