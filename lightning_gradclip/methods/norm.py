@@ -32,9 +32,10 @@ class NormClip(ClipMethod):
         max_norm: Largest norm allowed, > 0, in units of the gradient; inf never clips, near 0 every step is normalized.
             A mapping from optimizer step to value, such as {0: 10.0, 1000: 1.0}, is interpolated linearly.
         norm_type: The p of the p-norm, in (0, inf]; inf limits the largest absolute entry.
-        min_norm: Smallest norm allowed, >= 0, or a mapping: smaller non-zero scopes are scaled up to it. 0 scales none.
+        min_norm: Smallest norm allowed, >= 0, or a mapping: smaller scopes that are not zero are scaled up to it.
         per: Where the norm is taken and kept: "model", "group", "layer" or "parameter".
-        statistic: "norm", or "rms": the 2-norm over the square root of the number of elements, one limit for all sizes.
+        statistic: "norm", or "rms": the 2-norm divided by the square root of the number of elements, so that one limit
+            suits tensors of every size.
 
     Raises:
         TypeError: If a number is not a number.

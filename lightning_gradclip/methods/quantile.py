@@ -32,7 +32,8 @@ class QuantileClip(Remembering):
     """Scale gradients down when their norm exceeds a quantile of the norms so far.
 
     Args:
-        q: The quantile of remembered norms, in [0, 1]: nine tenths are within 0.9; 0 is the smallest, 1 the largest.
+        q: The quantile, in [0, 1]: 0.9 limits to what nine tenths of the remembered norms stay within, 0 to the
+            smallest of them, 1 to the largest.
         window: How many norms are remembered, >= 1; None: all of them, exactly, which takes 8 bytes a step and scope.
         include_current: Whether this step's norm counts before the quantile is taken.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".

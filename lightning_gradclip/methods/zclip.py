@@ -42,7 +42,8 @@ class ZClip(ClipMethod):
         z_threshold: Standard deviations above the mean from which on a norm is a spike, > 0; inf never clips.
         alpha: Share of the old mean and variance that is kept at each step, in [0, 1): near 1 they change slowly.
         warmup: How many norms give the first mean and variance, >= 2; nothing but `max_norm` limits until then.
-        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; "max", the largest that is none.
+        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; or "max", the largest norm that
+            is no spike.
         clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
         max_norm: A limit that always holds, > 0; None: none. A mapping of step to value is interpolated linearly.
         memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", what it was
