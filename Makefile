@@ -40,9 +40,9 @@ study-full: $(VENV)/.ready-bench  ## train all of it, and make docs/study.md ane
 	$(BIN)/python benchmarks/training/gather.py outputs/study benchmarks/training/results.csv
 	$(BIN)/python benchmarks/training/page.py benchmarks/training/results.csv docs/study.md
 
-test: $(VENV)/.ready  ## run the tests
+test: $(VENV)/.ready  ## run the tests, on all cores (about seven minutes on two)
 	@echo "==> Running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-packaging: $(VENV)/.ready-dev  ## build, install into fresh environments, run a foreign application (three minutes)
 	@echo "==> Building and installing the distributions, on Hydra 1.3 and 1.4"
