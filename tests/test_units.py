@@ -86,7 +86,7 @@ class TestUnits:
         shapes = {"a.weight": (2, 3), "a.bias": (2,), "none": (0, 4), "b.weight": (3, 1), "c": ()}
         units = Units.of(list(shapes), [torch.zeros(shape) for shape in shapes.values()])
         assert units.names == ("a.weight[0]", "a.weight[1]", "a.bias", "b.weight[0]", "b.weight[1]", "b.weight[2]", "c")
-        assert units.rows == (2, 1, 0, 3, 1)
+        assert units.counts == (2, 1, 0, 3, 1)
         assert units.sliced == (True, False, True, True, False)
         assert units.index_on(CPU).tolist() == [0, 0, 1, 3, 3, 3, 4]
         assert units.index_on(CPU).dtype == torch.int64

@@ -27,18 +27,6 @@ from lightning_gradclip.gradients.norms import ALIKE, BLOCK, CHUNK, MANY_BLOCKS,
 # Dtypes that are read in blocks.
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Kind = tuple[torch.device, torch.dtype, torch.Size | None]
-
-
-def by_kind(tensors: Tensors, places: Iterable[int], *, by_shape: bool = False) -> dict[Kind, list[int]]:
-    """The places of the tensors that one call can serve together, by device, dtype and, if asked for, shape."""
-    kinds: dict[Kind, list[int]] = {}
-    for place in places:
-        if (tensor := tensors[place]) is not None:
-            key = tensor.device, tensor.dtype, tensor.shape if by_shape else None
-            kinds.setdefault(key, []).append(place)
-    return kinds
-
 
 class OutdatedError(Exception):
     """A gradient is not what it was when the order of reading was planned."""
@@ -94,7 +82,7 @@ class Batch:
 
 def batches_of_one_shape(tensors: Tensors, places: Iterable[int]) -> list[Batch]:
     """Small tensors on CPU of any shapes, in batches of no more than a chunk of tensors of one shape."""
-    kinds = by_kind(tensors, places, by_shape=True)
+    kinds = norms.by_kind(tensors, places, by_shape=True)
     return [
         Batch(some, dtype, count, shape)
         for (_, dtype, shape), alike in kinds.items()
@@ -115,7 +103,7 @@ def batches_thrown_together(tensors: Tensors, places: Iterable[int]) -> list[Bat
             rest += some
         else:
             batches += (Batch(chunk, dtype, count, None) for chunk, count in _in_chunks(tensors, some))
-    for (_, dtype, _), some in by_kind(tensors, rest).items():
+    for (_, dtype, _), some in norms.by_kind(tensors, rest).items():
         batches += (Batch(chunk, dtype, count, None, alike=False) for chunk, count in _in_chunks(tensors, some))
     return batches
 

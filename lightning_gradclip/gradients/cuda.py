@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_gradclip.gradients.norms import PROGRAM
+from lightning_gradclip.gradients.norms import PROGRAM, by_kind
 
 # Bytes at which gradients begin, so that several entries are moved at once.
 _ALIGNED = 16
@@ -64,11 +64,9 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
 
     It is 0-d on the same device; float64 for float64 tensors, else float32.
     """
-    alike: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            alike.setdefault(tensor.dtype, []).append(tensor)
-    for dtype, some in alike.items():
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    for (_, dtype, _), places in by_kind(filled, range(len(filled))).items():
+        some = [filled[place] for place in places]
         addresses = _kept(tuple(one.data_ptr() for one in some), coef.device)
         counts, owners, firsts = _programs(tuple(one.numel() for one in some), coef.device)
         # Triton launches on the current device.

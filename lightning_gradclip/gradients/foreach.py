@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients.norms import LAUNCH, MANY_SMALL, SMALL_ON_AVERAGE
+from lightning_gradclip.gradients.norms import LAUNCH, MANY_SMALL, SMALL_ON_AVERAGE, by_kind
 
 _Norm = Callable[..., Sequence[Tensor]]
 _Write = Callable[..., None]
@@ -102,11 +102,9 @@ def left_by_kernel_(tensors: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
 
     Returned are those that are still to be multiplied.
     """
-    alike: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault(tensor.dtype, []).append(tensor)
     left: list[Tensor] = []
-    for dtype, some in alike.items():
+    for (_, dtype, _), places in by_kind(tensors, range(len(tensors))).items():
+        some = [tensors[place] for place in places]
         large = coef.device.type == "cuda" and sum(map(Tensor.numel, some)) >= LAUNCH
         kernel = _kernel(coef.device, dtype) if large else None
         if kernel is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_gradclip.select.scopes import Scopes
 
 Tensors = Sequence[Tensor | None]
+Kind = tuple[torch.device, torch.dtype, torch.Size | None]
 
 CPU = torch.device("cpu")
 
@@ -143,6 +144,16 @@ def home(tensors: Iterable[Tensor | None]) -> torch.device:
         if tensor is not None and not tensor.is_cpu:
             return tensor.device
     return CPU
+
+
+def by_kind(tensors: Tensors, places: Iterable[int], *, by_shape: bool = False) -> dict[Kind, list[int]]:
+    """The places of the tensors that one call can serve together, by device, dtype and, if asked for, shape."""
+    kinds: dict[Kind, list[int]] = {}
+    for place in places:
+        if (tensor := tensors[place]) is not None:
+            key = tensor.device, tensor.dtype, tensor.shape if by_shape else None
+            kinds.setdefault(key, []).append(place)
+    return kinds
 
 
 def dense_values(tensor: Tensor) -> Tensor:

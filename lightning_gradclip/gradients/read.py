@@ -118,7 +118,7 @@ def _norms_on_devices(tensors: Tensors, norm_type: float) -> Tensor:
     present = [norms.dense_values(tensor) for tensor in tensors if tensor is not None]
     found = [torch.zeros((), device=value.device) for value in present]
     filled = [place for place, value in enumerate(present) if value.numel()]
-    for (_, dtype, _), places in blocks.by_kind(present, filled).items():
+    for (_, dtype, _), places in norms.by_kind(present, filled).items():
         values = [present[place] for place in places]
         together = foreach.norms(values, norm_type, norms.accumulator(dtype, norm_type))
         for place, norm in zip(places, together, strict=True):

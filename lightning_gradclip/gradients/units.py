@@ -49,12 +49,12 @@ class UnitMeter:
     def exact(self, tensors: Tensors) -> Tensor:
         """`each` in float64, scaled by the largest entry: slow, and right for any finite entries."""
         pieces = [
-            torch.zeros(rows, dtype=torch.float64, device="cpu")
+            torch.zeros(count, dtype=torch.float64, device="cpu")
             if tensor is None
-            else _sparse_norms(tensor, rows, self._norm_type)
+            else _sparse_norms(tensor, count, self._norm_type)
             if tensor.is_sparse
             else norms.exact_row_norms(_as_rows(tensor), self._norm_type)
-            for tensor, rows in zip(tensors, self._units.rows, strict=True)
+            for tensor, count in zip(tensors, self._units.counts, strict=True)
         ]
         device = norms.home(tensors)
         return torch.cat([piece.to(device) for piece in pieces]) if pieces else torch.zeros(0, device="cpu")
@@ -81,17 +81,17 @@ class UnitMeter:
             self._order = torch.empty_like(units).index_copy_(0, units, torch.arange(len(units), device="cpu"))
 
     def _require_same_count(self, place: int, tensor: Tensor | None) -> None:
-        rows = self._units.rows[place]
-        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != rows:
+        count = self._units.counts[place]
+        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != count:
             raise RuntimeError(
-                f"parameter {self._units.parameters[place]!r} had {rows} units and now has the shape "
+                f"parameter {self._units.parameters[place]!r} had {count} units and now has the shape "
                 f"{tuple(tensor.shape)}; make a new Clipper where the shape of a parameter changes"
             )
 
     def _read(self, tensors: Tensors, device: torch.device) -> Tensor:
         pieces: list[Tensor] = []
         for batch in self._batches:
-            count = len(batch.places) * self._units.rows[batch.places[0]]
+            count = len(batch.places) * self._units.counts[batch.places[0]]
             pieces.append(row_norms(batch.gathered(tensors).view(count, -1), self._norm_type, UNIT, widen=False))
         for place, shape, dtype in self._plain:
             tensor = tensors[place]
@@ -105,13 +105,13 @@ class UnitMeter:
         return found if self._order is None else found.index_select(0, self._order.to(device))
 
     def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
-        rows = self._units.rows[place]
-        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != rows:
+        count = self._units.counts[place]
+        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != count:
             raise OutdatedError
         if tensor is None or tensor.numel() == 0:
-            return torch.zeros(rows, dtype=torch.float32, device=device)
+            return torch.zeros(count, dtype=torch.float32, device=device)
         if tensor.is_sparse:
-            return _sparse_norms(tensor, rows, self._norm_type).to(device)
+            return _sparse_norms(tensor, count, self._norm_type).to(device)
         return row_norms(_as_rows(tensor), self._norm_type, UNIT, widen=False).to(device)
 
     def _measured_again(self, found: Tensor, tensors: Tensors) -> Tensor:
@@ -157,7 +157,7 @@ def _is_nonzero(matrix: Tensor) -> Tensor:
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """A view `(rows, entries)`, or a copy where the strides allow no view."""
+    """A view `(units, entries)`, or a copy where the strides allow no view."""
     if tensor.ndim < 2:
         return tensor.reshape(1, -1)
     if tensor.is_contiguous():
@@ -167,12 +167,12 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.permute(0, *inner).flatten(1)
 
 
-def _sparse_norms(tensor: Tensor, rows: int, norm_type: float) -> Tensor:
+def _sparse_norms(tensor: Tensor, count: int, norm_type: float) -> Tensor:
     tensor = tensor.coalesce()
     values, units = tensor.values(), tensor.indices()[0]
     if tensor.ndim < 2:
         units = torch.zeros_like(units)
     if values.numel() == 0:
-        return torch.zeros(rows, dtype=torch.float32, device=tensor.device)
+        return torch.zeros(count, dtype=torch.float32, device=tensor.device)
     found = norms.exact_row_norms(values.reshape(len(values), -1), norm_type)
-    return norms.grouped_norms(found, units, rows, norm_type)
+    return norms.grouped_norms(found, units, count, norm_type)

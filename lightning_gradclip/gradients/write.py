@@ -65,18 +65,18 @@ class Scale(NamedTuple):
 
 
 class ScaleUnits(NamedTuple):
-    """Multiply each unit of the gradients by its coefficient, of `(sum(rows),)`; `rows` counts those of each parameter.
+    """Multiply each unit of the gradients by its coefficient, of `(sum(counts),)`; `counts` are those of each parameter.
 
     Units are slices of a gradient along dim 0; a gradient of fewer than two dims is one.
     """
 
     coefs: Tensor
-    rows: Sequence[int]
+    counts: Sequence[int]
 
     def apply(self, params: Sequence[Tensor]) -> None:
         """Write the gradients of these parameters; on CPU one that nothing changes is not written."""
         coefs = self.coefs
-        starts = (0, *accumulate(self.rows))
+        starts = (0, *accumulate(self.counts))
         units, spans = _changed(coefs, starts)
         written = [place for place, (first, end) in enumerate(spans) if first < end and params[place].grad is not None]
         whole = [place for place in written if params[place].ndim < 2]

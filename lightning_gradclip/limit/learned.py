@@ -1,4 +1,4 @@
-"""What a method has learned, kept in order: a row for each scope by its name, across runs, with what it means.
+"""What a method has learned, kept in order: values for each scope by its name, across runs, with what it means.
 
 What is learned, and the limit that follows from it, is up to the method.
 """
@@ -26,15 +26,15 @@ class Learned:
         self.method = method
         self.rule: Any = method
         self.adaptive = method.adaptive
-        self._rows_of: tuple[str, ...] = ()
+        self._scopes: tuple[str, ...] = ()
         self._strict = self._in_floats = False
         self._arranged: Scopes | Units | None = None
 
     def arrange(self, scopes: Scopes | Units, sizes: Tensor) -> None:
-        """Have a row for each of these scopes, on the device of `sizes`, `(S,)`, before the method is asked."""
+        """Have values for each of these scopes, on the device of `sizes`, `(S,)`, before the method is asked."""
         if self.adaptive and (self._arranged is not scopes or self._in_floats):
-            arrange(self.method, self._rows_of, scopes.names, sizes, strict=self._strict)
-            self._rows_of, self._strict = scopes.names, False
+            arrange(self.method, self._scopes, scopes.names, sizes, strict=self._strict)
+            self._scopes, self._strict = scopes.names, False
             self._arranged, self._in_floats = scopes, False
 
     def arrange_floats(self, scopes: Scopes) -> None:
@@ -56,12 +56,12 @@ class Learned:
 
     def state_dict(self) -> dict[str, Any]:
         """Values by scope name, with their fingerprint."""
-        return save(self.method, self._rows_of)
+        return save(self.method, self._scopes)
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
         """Take over values, to be arranged at the next step; with `strict` some of their scopes must be in this run."""
         require_same_meaning(self.method, state)
-        self._rows_of = tuple(state["scopes"])
+        self._scopes = tuple(state["scopes"])
         self.method.load_state_dict(state["values"])
         self._arranged, self._strict, self._in_floats = None, strict, False
 
@@ -92,24 +92,24 @@ def require_same_meaning(method: ClipMethod, saved: Mapping[str, Any]) -> None:
 
 
 def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Tensor, *, strict: bool = True) -> None:
-    """Give the method rows for the scopes of this run: known ones keep theirs, new ones start fresh.
+    """Give the method values for the scopes of this run: known ones keep theirs, new ones start fresh.
 
     Args:
-        method: The method whose `state` has one row for each name in `old`.
-        old: Scope names of the rows so far; empty at the start.
+        method: The method whose `state` has values for each name in `old`.
+        old: Scope names of the values so far; empty at the start.
         new: Scope names of this run.
         size: A tensor `(len(new),)` on the device where the state shall live.
-        strict: Whether the rows come from a checkpoint, which must have some scope in common with this run.
+        strict: Whether the values come from a checkpoint, which must have some scope in common with this run.
 
     Raises:
-        ValueError: If `strict`, rows were learned and no scope is common to both.
+        ValueError: If `strict`, values were learned and no scope is common to both.
     """
-    # Copies, since rows are written below and a method may return one tensor under two names.
+    # Copies, since they are written below and a method may return one tensor under two names.
     fresh = {name: value.clone() for name, value in method.fresh_state(size).items()}
     known = dict(method.state_dict())
     if old and known and tuple(old) != tuple(new):
-        places = {name: row for row, name in enumerate(old)}
-        common = [(row, places[name]) for row, name in enumerate(new) if name in places]
+        places = {name: place for place, name in enumerate(old)}
+        common = [(place, places[name]) for place, name in enumerate(new) if name in places]
         lost = [name for name in old if name not in set(new)]
         if not common and strict:
             raise ValueError(
@@ -122,8 +122,8 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
                 RuntimeWarning,
                 stacklevel=2,
             )
-        targets = torch.tensor([row for row, _ in common], dtype=torch.long, device=size.device)
-        sources = torch.tensor([row for _, row in common], dtype=torch.long, device=size.device)
+        targets = torch.tensor([target for target, _ in common], dtype=torch.long, device=size.device)
+        sources = torch.tensor([source for _, source in common], dtype=torch.long, device=size.device)
         for name, value in fresh.items():
             value[targets] = known[name].to(size.device)[sources]
         known = fresh

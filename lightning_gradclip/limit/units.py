@@ -42,7 +42,7 @@ class UnitLimiter(Limiter):
 
     def _change(self, coefs: Tensor) -> ScaleUnits:
         held = coefs if self._reducer is None else coefs[self._places_on(coefs.device)]
-        return ScaleUnits(held, self._held_units.rows)
+        return ScaleUnits(held, self._held_units.counts)
 
     def _sizes(self, gradients: Tensors, local: Tensor, scale: float | Tensor) -> Sizes:
         method, p = self._method, self._method.norm_type
@@ -92,7 +92,7 @@ class UnitLimiter(Limiter):
     def _root_counts(self, each: Tensor) -> Tensor:
         """Square root of the number of elements of each unit, `(S,)`."""
         counts = tuple(
-            max(1, one.numel() // max(1, rows)) for one, rows in zip(self._params, self._units.rows, strict=True)
+            max(1, one.numel() // max(1, count)) for one, count in zip(self._params, self._units.counts, strict=True)
         )
         index = self._units.index_on(each.device)
         return norms.integers_on(counts, each.device)[index].to(each.dtype).sqrt()
@@ -101,8 +101,8 @@ class UnitLimiter(Limiter):
 def _places(units: Units) -> Tensor:
     """Of the units that this rank holds a part of, the index among all units."""
     pieces: list[Tensor] = []
-    for parameter, start, count in zip(units.params, units.starts, units.rows, strict=False):
-        rows = layout.rows(parameter)
-        held = torch.arange(count, device="cpu") if rows is None else rows.cpu()
+    for parameter, start, count in zip(units.params, units.starts, units.counts, strict=False):
+        slices = layout.slices(parameter)
+        held = torch.arange(count, device="cpu") if slices is None else slices.cpu()
         pieces.append(held + start)
     return torch.cat(pieces)

@@ -1,6 +1,6 @@
 """What methods remember: `LastSizes`, the last sizes of each scope, or `AllSizes`, all of them with exact quantiles.
 
-A memory is kept as tensors with one row a scope, which is what checkpoints hold. That of a single scope on CPU turns
+A memory is kept as tensors with one line a scope, which is what checkpoints hold. That of a single scope on CPU turns
 into its float twin, `LastFloats` or `AllFloats`, which does the same at a fraction of the cost, and back at any time.
 """
 
@@ -34,9 +34,9 @@ class Memory:
         return {"floats": cls.twin(state)}
 
     @staticmethod
-    def rows(state: State) -> dict[str, Tensor]:
+    def as_tensors(state: State) -> dict[str, Tensor]:
         """The state as tensors, whatever it is."""
-        return state["floats"].rows() if "floats" in state else dict(state)
+        return state["floats"].as_tensors() if "floats" in state else dict(state)
 
     @staticmethod
     def count(state: State) -> Number:
@@ -69,7 +69,7 @@ class LastFloats:
         (self._ring,), self.count = state["ring"].tolist(), state["count"].item()
         self._sorted = sorted(self._ring[: self.count])
 
-    def rows(self) -> dict[str, Tensor]:
+    def as_tensors(self) -> dict[str, Tensor]:
         ring = torch.tensor([self._ring], dtype=torch.float64, device="cpu")
         return {"ring": ring, "count": torch.tensor([self.count], device="cpu")}
 
@@ -169,7 +169,7 @@ class AllFloats:
     def count(self) -> int:
         return len(self._long) + len(self._recent)
 
-    def rows(self) -> dict[str, Tensor]:
+    def as_tensors(self) -> dict[str, Tensor]:
         return {
             "sorted": torch.from_numpy(self._long).clone()[None],
             "recent": torch.tensor([self._recent], dtype=torch.float64, device="cpu"),

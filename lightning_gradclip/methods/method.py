@@ -97,7 +97,7 @@ class ClipMethod(KnownArguments):
         return {name: value if isinstance(value, Tensor) else _row(value) for name, value in self.state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over learned values whose rows are already in the order of this run's scopes."""
+        """Take over learned values that are already in the order of this run's scopes."""
         self.state = dict(state)
 
     def to_floats(self) -> None:
@@ -126,7 +126,7 @@ class Remembering(ClipMethod):
         self.state = self._memory.pushed(self.state, size, active)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._memory.rows(self.state)
+        return self._memory.as_tensors(self.state)
 
     def to_floats(self) -> None:
         self.state = self._memory.in_floats(self.state)

@@ -59,7 +59,7 @@ def with_local(tensor: Tensor, piece: Tensor) -> Tensor:
     return type(tensor).from_local(piece, tensor.device_mesh, tensor.placements, run_check=False, **like)
 
 
-def rows(parameter: Tensor) -> Tensor | None:
+def slices(parameter: Tensor) -> Tensor | None:
     """Which slices along dim 0 this rank holds at least a part of, `(n,)`; None: all."""
     if not is_distributed(parameter) or parameter.ndim < 2:
         return None

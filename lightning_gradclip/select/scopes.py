@@ -59,14 +59,14 @@ class Units:
         return Units(tuple(names), tuple(params))
 
     @cached_property
-    def rows(self) -> tuple[int, ...]:
+    def counts(self) -> tuple[int, ...]:
         """The number of units of each parameter."""
         return tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in self.params)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The index of the first unit of each parameter, and at the end the number of units."""
-        return (0, *accumulate(self.rows))
+        return (0, *accumulate(self.counts))
 
     @cached_property
     def sliced(self) -> tuple[bool, ...]:
@@ -80,12 +80,12 @@ class Units:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Such as "conv.weight[3]" and "conv.bias"; made when asked for, since a large model has a million."""
-        pieces = zip(self.parameters, self.rows, self.sliced, strict=True)
-        return tuple(f"{name}[{i}]" if sliced else name for name, rows, sliced in pieces for i in range(rows))
+        pieces = zip(self.parameters, self.counts, self.sliced, strict=True)
+        return tuple(f"{name}[{i}]" if sliced else name for name, count, sliced in pieces for i in range(count))
 
     def index_on(self, device: torch.device) -> Tensor:
         """For each unit the index of its parameter, `(S,)`, moved to each device once."""
         if device not in self._indices:
-            rows = torch.tensor(self.rows, dtype=torch.long, device="cpu")
-            self._indices[device] = torch.arange(len(rows), device="cpu").repeat_interleave(rows).to(device)
+            counts = torch.tensor(self.counts, dtype=torch.long, device="cpu")
+            self._indices[device] = torch.arange(len(counts), device="cpu").repeat_interleave(counts).to(device)
         return self._indices[device]

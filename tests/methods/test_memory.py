@@ -121,14 +121,14 @@ class TestBoth:
         sizes = stream(memory.RECENT + 60)
         for i, size in enumerate(sizes):
             if turning.random() < (0.3 if i < 100 else 0.01):
-                state = kind.rows(state) if floats else kind.in_floats(state)
+                state = kind.as_tensors(state) if floats else kind.in_floats(state)
                 floats = not floats
             if i % 7 == 0 or i > memory.RECENT - 5:
                 past = kept(kind, sizes[:i])
                 expected = np.quantile(past, 0.7) if past else math.inf
                 assert float(kind.quantile(state, 0.7)) == pytest.approx(expected, rel=1e-14)
             state = kind.pushed(state, size, True) if floats else pushed(kind, state, [size])
-        rows = kind.rows(state)
+        rows = kind.as_tensors(state)
         assert rows["count"].tolist() == [len(sizes)]
         assert rows.keys() == fresh(kind).keys()
         assert all(isinstance(value, Tensor) and len(value) == 1 for value in rows.values())
@@ -163,8 +163,8 @@ class TestTwins:
                 tensors = pushed(kind, tensors, [size], active)
                 floats = kind.pushed(floats, size, active)
                 if data.draw(st.booleans(), label="saved and loaded"):
-                    assert self.contents(kind.rows(floats)) == self.contents(tensors)
-                    tensors, floats = kind.rows(floats), kind.in_floats(tensors)
+                    assert self.contents(kind.as_tensors(floats)) == self.contents(tensors)
+                    tensors, floats = kind.as_tensors(floats), kind.in_floats(tensors)
             self.check(kind, tensors, floats, q, 1.0)
 
     def check(self, kind: Kind, tensors: State, floats: State, q: float, size: float) -> None:
@@ -335,7 +335,7 @@ class TestAllSizes:
         assert state["count"].tolist() == [20, 10]
 
     def test_floats_lie_sorted_where_1024_are_merged(self) -> None:
-        rows = AllSizes.rows(in_floats(AllSizes, sizes := stream(2 * 1024 + 40)))
+        rows = AllSizes.as_tensors(in_floats(AllSizes, sizes := stream(2 * 1024 + 40)))
         assert rows["sorted"].tolist() == [sorted(sizes[:2048])]
         assert rows["recent"].tolist() == [sorted(sizes[2048:])]
 
