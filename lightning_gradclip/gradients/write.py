@@ -65,7 +65,7 @@ class Scale(NamedTuple):
 
 
 class ScaleUnits(NamedTuple):
-    """Multiply each unit of the gradients by its coefficient, of `(sum(counts),)`; `counts` are those of each parameter.
+    """Multiply each unit of the gradients by its coefficient, of `(sum(counts),)`; `counts` has those of a parameter.
 
     Units are slices of a gradient along dim 0; a gradient of fewer than two dims is one.
     """
