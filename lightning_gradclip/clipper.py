@@ -141,7 +141,7 @@ class Clipper(Recorded):
             scale = 1.0 if scaler is None else self._unscale(scaler)
             if self._writes and self._selection.is_distributed:
                 write.settle_(self._selection.params)
-            gradients = read.gradients_of(self._selection)
+            gradients = read.gradients_of(self._selection, settled=self._writes)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None and all(gradient is None for gradient in gradients):
                 return StepStats.of_nothing(self._limiter.scopes)

@@ -95,7 +95,9 @@ class Actor:
         if self._policy.nonfinite == "skip":
             return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step, scaled=False)
         write.zero_nonfinite_(self._selection.params)
-        outcome = self._limiter.judge(read.gradients_of(self._selection), step, on_host=True, detailed=detailed)
+        outcome = self._limiter.judge(
+            read.gradients_of(self._selection, settled=True), step, on_host=True, detailed=detailed
+        )
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             excess = partial(outcome.excess, self._limiter.scopes)
@@ -121,5 +123,6 @@ class Actor:
         return Verdict(outcome, amended(row, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
 
     def _culprits(self) -> str:
-        bad = [gradient is not None and not read.is_finite(gradient) for gradient in read.gradients_of(self._selection)]
+        gradients = read.gradients_of(self._selection, settled=self._writes)
+        bad = [gradient is not None and not read.is_finite(gradient) for gradient in gradients]
         return skips.offenders(self._selection.names, self._limiter.anywhere(bad))

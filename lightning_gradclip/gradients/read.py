@@ -17,22 +17,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import blocks, foreach, norms
+from lightning_gradclip.gradients import blocks, foreach, norms, ranks
 from lightning_gradclip.gradients.blocks import REAL, OutdatedError
 from lightning_gradclip.gradients.norms import BLOCK, CPU, SMALL, Tensors
-from lightning_gradclip.gradients.ranks import settled
 from lightning_gradclip.select import layout
 from lightning_gradclip.select.parameters import Selection
 
 _Result = TypeVar("_Result")
 
 
-def gradients_of(selection: Selection) -> list[Tensor | None]:
-    """What this rank holds of each gradient, None where absent; sums over ranks that are still due are made."""
+def gradients_of(selection: Selection, *, settled: bool) -> list[Tensor | None]:
+    """What this rank holds of each gradient, None where absent; sums over ranks are made unless they are `settled`."""
     if not selection.is_distributed:
         return [parameter.grad for parameter in selection.params]
-    pairs = ((parameter.grad, parameter) for parameter in selection.params)
-    return [None if one is None else layout.local(settled(one, parameter)) for one, parameter in pairs]
+    found = [(parameter.grad, parameter) for parameter in selection.params]
+    whole = [one if one is None or settled else ranks.settled(one, parameter) for one, parameter in found]
+    return [None if one is None else layout.local(one) for one in whole]
 
 
 def is_finite(gradient: Tensor) -> bool:
