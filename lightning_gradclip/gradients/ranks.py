@@ -64,6 +64,7 @@ class Reducer:
         )
         self._wide = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in params)
         self._kept: dict[torch.device, Tensor] = {}
+        self._first: torch.device | None = None
         self._require_same(names)
         rank = dist.get_rank()
         holds = torch.tensor([float(one.ranks is None or rank in one.ranks) for one in layouts], device="cpu")
@@ -72,8 +73,11 @@ class Reducer:
 
     @property
     def device(self) -> torch.device:
-        """Where numbers about the parameters belong, which some frameworks move after the optimizer was made."""
-        return home(self._params)
+        """Where numbers about the parameters belong, which some frameworks move, all of them, after this was made."""
+        first = self._params[0].device
+        if first != self._first:
+            self._first, self._home = first, home(self._params)
+        return self._home
 
     def reduce(
         self,
