@@ -229,6 +229,17 @@ class TestTwoDevices:
             assert_same_step(model, other, {**normal(2, scale), absent: None})
 
     @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
+    @pytest.mark.parametrize(("cls", "per"), SUBJECTS)
+    def test_so_are_those_of_steps_in_which_one_device_has_none(
+        self, device: Device, cls: type[ClipMethod], per: str, on_host: Collection[str]
+    ) -> None:
+        model = Model(device, subject(cls, per), on_host=on_host, measure_per="layer", nonfinite="ignore")
+        other = Model(None, subject(cls, per), measure_per="layer", nonfinite="ignore")
+        for seed, half in enumerate([HALVES[0], HALVES[1], (), HALVES[0]]):
+            assert_same_step(model, other, {**normal(seed), **dict.fromkeys(half)})
+        assert model.clipper.metrics() == pytest.approx(other.clipper.metrics(), rel=1e-6, nan_ok=True)
+
+    @pytest.mark.parametrize("on_host", HALVES, ids=["cpu first", "device first"])
     @pytest.mark.parametrize("detailed", [True, False])
     def test_entries_are_compared_where_they_are(
         self, device: Device, detailed: bool, on_host: Collection[str]

@@ -35,10 +35,10 @@ class EntryLimiter(Limiter):
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
-        local = self._meter.each(gradients)
+        local = self._meter.each(gradients).to(self._home())
         outcome = self._outcome(gradients, local, step, scale, on_host=on_host, detailed=detailed)
         if self._is_lost(outcome):
-            local = exact_norms(gradients, self._method.norm_type)
+            local = exact_norms(gradients, self._method.norm_type).to(self._home())
             outcome = self._outcome(gradients, local, step, scale, on_host=on_host, detailed=detailed)
         return outcome
 

@@ -86,12 +86,13 @@ class Limiter(ABC):
     def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
         self._method, self._measure_per = method, measure_per
         self.learned = Learned(method)
+        self._seen: torch.device | None = None
         self.adaptive = self.learned.adaptive
 
     @final
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         """Take over these parameters; a reducer joins what the ranks know of them, where ranks hold pieces."""
-        self._params, self._reducer = selection.params, reducer
+        self._params, self._reducer, self._seen = selection.params, reducer, None
         self.measured = selection.scopes(self._measure_per) if self._measure_per else None
         self.scopes = self._serve(selection)
 
@@ -159,6 +160,14 @@ class Limiter(ABC):
         return on_device and isinstance(outcome.row, Row) and norms.is_suspect(outcome.row.norm, self._method.norm_type)
 
     @final
+    def _home(self) -> torch.device:
+        """Where numbers belong, whichever gradients there are in a step; modules move as a whole."""
+        first = self._params[0].device if self._params else norms.CPU
+        if first != self._seen:
+            self._seen, self._found = first, norms.home(self._params)
+        return self._found
+
+    @final
     def _held(self) -> Tensors:
         """What this rank holds of the parameters."""
         return self._params if self._reducer is None else [layout.local(one) for one in self._params]
@@ -212,7 +221,8 @@ class ScopeLimiter(Limiter):
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
-        outcome = self._judge_in_floats(gradients, step, scale) if self.takes_floats else None
+        in_floats = self.takes_floats and self._home() == norms.CPU
+        outcome = self._judge_in_floats(gradients, step, scale) if in_floats else None
         if outcome is None:
             sizes = self._sizes(gradients, self._gradients.each(gradients), scale)
             outcome = self._limited(sizes, step, self._change, on_host=on_host)
@@ -226,6 +236,7 @@ class ScopeLimiter(Limiter):
 
     def _sizes(self, gradients: Tensors, local: Tensor, scale: float | Tensor) -> Sizes:
         method, p = self._method, self._method.norm_type
+        local = local.to(self._home())
         vectors = [local, self._weighing.each(self._held())] if method.needs_weight else [local]
         known = reduced(self._reducer, gradients, vectors, p)
         each = known.norms[0]

@@ -46,7 +46,7 @@ class UnitLimiter(Limiter):
 
     def _sizes(self, gradients: Tensors, local: Tensor, scale: float | Tensor) -> Sizes:
         method, p = self._method, self._method.norm_type
-        vectors = [self._alike(local, gradients)]
+        vectors = [self._alike(local, gradients).to(self._home())]
         if method.needs_weight:
             vectors.append(self._of_weights.each(self._held()))
         known = self._known(gradients, vectors)
