@@ -139,7 +139,7 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = BLOCK, *, widen: 
         return torch.cat([row_norms(chunk.float(), norm_type, widen=widen) for chunk in chunks])
     if norm_type == math.inf and not matrix.is_complex():
         # `aminmax` along a dim is twenty times slower.
-        return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1))
+        return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1)).abs().to(wide or matrix.dtype)
     # Where torch has no vectorised kernel it sums one entry after the other.
     vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
     if columns <= (longest if vectorised else BLOCK):

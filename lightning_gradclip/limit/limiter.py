@@ -262,7 +262,7 @@ class ScopeLimiter(Limiter):
             return None
         learned, method, measured = self.learned, self.learned.rule, None
         if known is not None:
-            measured = self._measured_norms(gradients, known, known.norms[0] / scale)
+            measured = self._measured_norms(gradients, known, known.norms[0] / float(scale))
         if scale != 1.0:
             # A GradScaler that never finds a finite step ends at 0.
             norm = float(divide(norm, float(scale)))

@@ -59,7 +59,7 @@ class UnitLimiter(Limiter):
             wide = each.to(norms.widest(each.device))
             of_parameters = norms.grouped_norms(wide, self._units.index_on(each.device), len(self._params), p)
             measured = self._measured_norms(gradients, known, of_parameters)
-        joint = each[0] if len(each) == 1 else norms.joint_norm(each, p)
+        joint = each[0].to(norms.widest(each.device)) if len(each) == 1 else norms.joint_norm(each, p)
         return Sizes(each, joint, sizes, known.norms[1] if method.needs_weight else None, measured, known.nothing)
 
     def _alike(self, found: Tensor, gradients: Tensors) -> Tensor:

@@ -69,7 +69,7 @@ class Window:
             self.look()
             self._fold_scopes()
             self._scopes = scopes
-            self._capacity = max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes))))
+            self._capacity = _capacity_for(scopes)
         self._step_numbers.append(step)
         self._rows.append(row)
         if norms is not None:
@@ -136,9 +136,9 @@ class Window:
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
         self._since_start = dict(state["since_start"])
         self._rows_seen, self._norms_seen = (
-            [matrix.double().numpy().copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
+            [_on_host(matrix).copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
         )
-        self._count_seen = len(state["rows"])
+        self._count_seen, self._capacity = len(state["rows"]), _capacity_for(self._scopes)
         self._aggregate.reset()
         if state["aggregate"]:
             self._aggregate.load_state_dict(_copied(state["aggregate"]))
@@ -276,10 +276,14 @@ class Aggregate(Metric):
         return {name: found[name] for name in order if name in found}
 
 
+def _capacity_for(scopes: tuple[str, ...]) -> int:
+    return max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes))))
+
+
 def _fetched(rows: Sequence[Row | Tensor], norms: Sequence[Tensor]) -> tuple[Numbers, Numbers]:
     """Rows, `(n, len(Row._fields))`, and norms, `(n, S)`, in one copy from the device."""
     first = next((row for row in rows if isinstance(row, Tensor)), None)
-    parts = [torch.stack(list(norms))] if norms else []
+    parts = [torch.stack([one.to(norms[-1]) for one in norms])] if norms else []
     if first is None:
         return np.array(rows, np.float64), _on_host(parts[0]) if parts else np.empty((len(rows), 0))
     parts.insert(0, torch.stack([row if isinstance(row, Tensor) else first.new_tensor(row) for row in rows]))

@@ -34,9 +34,11 @@ class Recorder:
         self._writers: dict[int, HistoryWriter] = {}
         self._norms: defaultdict[int, list[Numbers]] = defaultdict(list)
         self._first: int | None = None
+        self.step = 0
 
     def begin(self, step: int) -> None:
-        """Note the number of the first batch, which is where the history of this fit begins."""
+        """Note the number of a batch, which its steps get; that of the first is where the history of the fit begins."""
+        self.step = step
         if self._first is None:
             self._first = step
 
@@ -49,7 +51,14 @@ class Recorder:
         """Open the history of this optimizer: at its first step, so that a folder that will not do is known at once."""
         if self._opening is not None and index not in self._writers:
             with self._giving_up():
-                self._writers[index] = self._opening(index, self._first or 0)
+                # What is refused is not tried again.
+                opening, self._opening = self._opening, None
+                try:
+                    self._writers[index] = opening(index, self._first or 0)
+                except HistoryError:
+                    self._opening = opening
+                    raise
+                self._opening = opening
 
     def take_norms(self) -> dict[int, Tensor]:
         """The same as `state_dict`, for a histogram; the next one begins."""
@@ -77,6 +86,8 @@ class Recorder:
             if device_answers or not clipper.is_on_device:
                 clipper.look()
         self._close_writers()
+        # What may still come would begin the history anew.
+        self._opening = None
 
     def _take(self, index: int, packed: Packed) -> None:
         if self._histograms:
