@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -114,6 +115,8 @@ class GradientClipping(KnownArguments, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        # Whoever has given the callback another method since means that one.
+        self._options = replace(self._options, method=self.method)
         conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
