@@ -251,6 +251,45 @@ class TestTwoDevices:
             assert_same_step(model, other, normal(seed))
 
 
+def test_a_state_may_be_loaded_onto_the_device(device: Device) -> None:
+    model, resumed = (Model(device, NormClip(), measure_per="parameter") for _ in range(2))
+    model.step(normal(0))
+    state = model.clipper.state_dict()
+    window = {key: device.put(one) if isinstance(one, Tensor) else one for key, one in state["window"].items()}
+    resumed.clipper.load_state_dict({**state, "window": window})
+    assert resumed.clipper.metrics() == model.clipper.metrics()
+
+
+class LargestUnit(ClipMethod):
+    """A rule of somebody else: the largest entry of a unit is at most 0.3."""
+
+    per, norm_type = "unit", math.inf
+
+    def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+        return torch.full_like(size, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_largest_entries_of_units_are_limited_in_float32(device: Device, dtype: torch.dtype) -> None:
+    parameter = Parameter(device.put(torch.zeros(2, 3, dtype=dtype)))
+    parameter.grad = device.put(torch.full((2, 3), 2.0, dtype=dtype))
+    stats = Clipper([("w", parameter)], LargestUnit()).step()
+    assert stats.sizes.dtype is torch.float32
+    assert device.get(stats.limits).tolist() == pytest.approx([0.3, 0.3], rel=1e-7)
+
+
+def test_a_scale_on_the_device_divides_norms_on_the_cpu(device: Device) -> None:
+    there, here = Parameter(device.put(torch.zeros(3))), Parameter(torch.zeros(3))
+    scaler = GradScaler(NAME, init_scale=4.0)
+    scaler.scale(device.put(torch.ones(())))
+    options = {"action": "observe", "include": "here", "measure_per": "parameter"}
+    clipper = Clipper([("there", there), ("here", here)], NormClip(), optimizer=SGD([there, here], lr=0.1), **options)
+    there.grad, here.grad = device.put(torch.ones(3)), torch.full((3,), 4.0)
+    stats = clipper.step(scaler)
+    assert stats.norm.item() == pytest.approx(math.sqrt(3), rel=1e-6)
+    assert stats.measured.tolist() == pytest.approx([math.sqrt(3)], rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
 class TestWaiting:
     @every_case

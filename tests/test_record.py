@@ -42,10 +42,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gradclip import AGC, GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History, HistoryFormatError
+from lightning_gradclip.record.history_writer import HistoryWriter
 from lightning_gradclip.record.step import Row, row_of
-from lightning_gradclip.record.window import Packed, Window
+from lightning_gradclip.record.window import Packed, Recorded, Window
 from lightning_gradclip.report.cli import main
 from lightning_gradclip.report.find import find_runs
+from lightning_gradclip.trainer.record import Recorder
 
 LIMIT = 4.0
 MARKUP = "<b>x<img src=x onerror=alert(1)>"
@@ -180,6 +182,62 @@ def test_steps_on_a_device_are_fetched_in_one_copy() -> None:
     assert packed.scopes == ("a", "b")
     assert np.array_equal(packed.rows, rows.numpy())
     assert np.array_equal(packed.norms, norms.numpy())
+
+
+@pytest.mark.skipif(not fake_device.AVAILABLE, reason="this version of torch has no Python backends for devices")
+def test_a_checkpoint_after_an_error_on_a_device_leaves_the_history_as_it_is(tmp_path: Path) -> None:
+    def opening(index: int, first_step: int) -> HistoryWriter:
+        return HistoryWriter(tmp_path, columns=Row._fields, start_step=first_step)
+
+    with fake_device.attached() as device:
+        clippers: dict[int, Recorded] = {}
+        recorder = Recorder(clippers, opening, histograms=False)
+        window = Window(*recorder.readers(0))
+        clippers[0] = Recorded(window)
+        recorder.begin(0)
+        row = device.put(torch.tensor(row_of(2.0, 1.0, limit=1.0, coef=0.5), dtype=torch.float64))
+        for step in range(6):
+            window.add(step, row)
+        window.look()
+        window.add(6, row)
+        recorder.close(device_answers=False)
+        recorder.state_dict()
+    assert History(tmp_path).steps["step"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_step_after_the_last_batch_of_an_epoch_has_the_number_of_that_batch(tmp_path: Path) -> None:
+    class Leftover(Manual):
+        def on_train_epoch_end(self) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(sum(parameter.sum() for parameter in self.parameters()))
+            optimizer.step()
+
+    fit(Leftover(), [[gradient] for gradient in gradients(3)], clipping(tmp_path), max_epochs=2)
+    assert History(tmp_path).steps["step"].tolist() == [0, 1, 2, 2, 3, 4, 5, 5]
+
+
+def test_a_folder_that_is_refused_is_refused_once(tmp_path: Path) -> None:
+    told: list[BaseException] = []
+
+    class Later(Callback):
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            told.append(exception)
+
+    (tmp_path / "meta.json").write_text("{}")
+    (tmp_path / "steps.npy").write_text("x")
+    with pytest.raises(HistoryFormatError) as error:
+        fit(Prescribed(), gradients(2), clipping(tmp_path), Later())
+    assert told == [error.value]
+
+
+def test_a_method_given_later_is_the_one_that_clips_and_is_recorded(tmp_path: Path) -> None:
+    callback = clipping(tmp_path)
+    callback.method = NormClip(max_norm=0.25)
+    fit(Prescribed(), gradients(2), callback)
+    history = History(tmp_path)
+    assert set(history.steps["limit"].tolist()) == {0.25}
+    assert history.meta["segments"][0]["method"]["settings"]["max_norm"] == 0.25
 
 
 def test_a_long_run_that_never_logs_is_recorded_in_bounded_memory(tmp_path: Path) -> None:

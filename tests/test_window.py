@@ -327,3 +327,16 @@ def test_the_share_of_clipped_scopes_is_averaged_where_there_are_several(field: 
     window = filled([several._replace(clipped=share) for share in (0.25, 0.0, 0.5)] + [BAD._replace(clipped=1.0)])
     assert window.compute()["clipped"] == 0.25
     assert "clipped" not in filled([GOOD, GOOD]).compute()
+
+
+def test_a_loaded_window_is_as_bounded() -> None:
+    names = tuple(map(str, range(3000)))
+    norms = torch.ones(3000, dtype=torch.float64)
+    before, window = Window(), Window()
+    before.add(0, GOOD, names, norms)
+    window.load_state_dict(before.state_dict())
+    for step in range(1, 400):
+        window.add(step, GOOD, names, norms)
+        if step % 20 == 0:
+            # 2**18 / 3,000 is 87.4.
+            assert len(window.state_dict()["scope_norms"]) < 88

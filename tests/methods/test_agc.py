@@ -845,3 +845,12 @@ class TestArguments:
     def test_without_weights_there_is_no_limit(self) -> None:
         with pytest.raises(ValueError, match=r"^AGC needs the norms of the weights; pass weight$"):
             AGC().limit(torch.ones(2), None, 0)
+
+
+def test_the_row_of_a_single_unit_is_wide() -> None:
+    parameter = torch.nn.Parameter(torch.tensor(0.2))
+    parameter.grad = torch.tensor(7.0)
+    row = Clipper([("b", parameter)], AGC()).step().row
+    # 0.2 is a float32 number here; its product and ratio are float64.
+    assert row.coef == pytest.approx(0.01 * parameter.item() / 7.0, rel=1e-7)
+    assert row.norm_clipped == 7.0 * row.coef
