@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -577,3 +578,35 @@ def test_the_defaults_of_torch_do_not_matter(method: ClipMethod | None, dtype: t
     finally:
         torch.set_default_dtype(before)
     assert found == expected
+
+
+class TestRulesOfOthers:
+    """What a rule of one's own may do, beside what ours do."""
+
+    def test_one_limit_may_be_0_d(self) -> None:
+        class Constant(ClipMethod):
+            def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+                return torch.tensor(0.5, dtype=size.dtype)
+
+        pairs = named({"w": torch.tensor([3.0, 4.0])})
+        stats = Clipper(pairs, Constant()).step()
+        assert (stats.limit.item(), stats.norm.item()) == (0.5, 5.0)
+        assert pairs[0][1].grad is not None
+        assert pairs[0][1].grad.norm().item() == pytest.approx(0.5, rel=1e-6)
+
+    def test_an_argument_may_be_called_floor_where_gradients_may_grow(self) -> None:
+        @dataclass(kw_only=True)
+        class Grown(ClipMethod):
+            may_grow = True
+            floor: float = 10.0
+
+            def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
+                return torch.full_like(size, self.floor)
+
+            def coef(self, size: Tensor, limit: Tensor) -> Tensor:
+                return limit / size
+
+        pairs = named({"w": torch.tensor([3.0, 4.0])})
+        Clipper(pairs, Grown()).step()
+        assert pairs[0][1].grad is not None
+        assert pairs[0][1].grad.tolist() == [6.0, 8.0]

@@ -165,7 +165,6 @@ class TestScopes:
     def test_scopes_are_in_order_of_first_appearance(self) -> None:
         scopes = Scopes.of(["b", "a", "b", "c", "a"])
         assert scopes == Scopes(("b", "a", "c"), (0, 1, 0, 2, 1))
-        assert scopes.members == ((0, 2), (1, 4), (3,))
 
     def test_the_index_is_moved_to_a_device_once(self) -> None:
         scopes = Scopes.of(["b", "a", "b"])

@@ -46,7 +46,7 @@ def unit_norms(tensors: Sequence[Tensor | None], units: Units, p: float, *, exac
 
 
 def units_of(*tensors: Tensor) -> Units:
-    return Units.of([f"w{i}" for i in range(len(tensors))], tensors)
+    return Units(tuple(f"w{i}" for i in range(len(tensors))), tuple(tensors))
 
 
 def norms_of(tensor: Tensor, p: float = 2.0, *, exact: bool = False) -> Tensor:
@@ -84,15 +84,14 @@ class TestUnits:
 
     def test_units_are_in_the_order_of_their_parameters(self) -> None:
         shapes = {"a.weight": (2, 3), "a.bias": (2,), "none": (0, 4), "b.weight": (3, 1), "c": ()}
-        units = Units.of(list(shapes), [torch.zeros(shape) for shape in shapes.values()])
+        units = Units(tuple(shapes), tuple(map(torch.zeros, shapes.values())))
         assert units.names == ("a.weight[0]", "a.weight[1]", "a.bias", "b.weight[0]", "b.weight[1]", "b.weight[2]", "c")
         assert units.counts == (2, 1, 0, 3, 1)
-        assert units.sliced == (True, False, True, True, False)
         assert units.index_on(CPU).tolist() == [0, 0, 1, 3, 3, 3, 4]
         assert units.index_on(CPU).dtype == torch.int64
 
     def test_without_parameters_there_are_none(self) -> None:
-        units = Units.of([], [])
+        units = Units((), ())
         assert (units.count, units.names, units.index_on(CPU).tolist()) == (0, (), [])
         assert unit_norms([], units, 2.0).tolist() == []
 

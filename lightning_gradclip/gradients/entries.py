@@ -106,10 +106,10 @@ def _compared(values: Tensor, low: Bound, high: Bound, norm_type: float) -> tupl
     """The number of entries outside the bounds, and the norm when they are clamped, both 0-d."""
     least, most = _stored(values, low, high)
     flat = norms.in_memory_order(values).reshape(-1)
-    counts, clamped = [], []
+    meter, counts, clamped = Meter(norm_type), [], []
     for chunk in flat.split(CHUNK if values.is_cpu else CHUNK_ON_DEVICE):
         counts.append(_count(chunk, least, most))
-        clamped.append(Meter(norm_type).each([torch.clamp(chunk, least, most)]))
+        clamped.append(meter.each([torch.clamp(chunk, least, most)]))
     return torch.stack(counts).sum(), norms.joint_norm(torch.cat(clamped), norm_type)
 
 

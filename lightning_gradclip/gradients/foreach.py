@@ -20,18 +20,13 @@ from lightning_gradclip.gradients.norms import LAUNCH, MANY_SMALL, SMALL_ON_AVER
 
 _Norm = Callable[..., Sequence[Tensor]]
 _Write = Callable[..., None]
+_Flatten = Callable[[Sequence[Tensor]], Tensor]
 
 
-def _found(holder: object, name: str) -> Any:
-    return getattr(holder, name, None)
-
-
-_norm: _Norm | None = _found(torch, "_foreach_norm")
-_mul: _Write | None = _found(torch, "_foreach_mul_")
-_unscale: _Write | None = _found(torch, "_amp_foreach_non_finite_check_and_unscale_")
-_flatten: Callable[[Sequence[Tensor]], Tensor] | None = _found(
-    _found(_found(torch, "_C"), "_nn"), "flatten_dense_tensors"
-)
+_norm: _Norm | None = getattr(torch, "_foreach_norm", None)
+_mul: _Write | None = getattr(torch, "_foreach_mul_", None)
+_unscale: _Write | None = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_", None)
+_flatten: _Flatten | None = getattr(getattr(torch._C, "_nn", None), "flatten_dense_tensors", None)  # pyright: ignore[reportPrivateUsage]
 
 
 class _Arguments(threading.local):

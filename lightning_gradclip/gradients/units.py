@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gradclip.gradients import norms
 from lightning_gradclip.gradients.blocks import Batch, OutdatedError, batches_of_one_shape, row_norms
 from lightning_gradclip.gradients.norms import CPU, SMALL, UNIT, Tensors
-from lightning_gradclip.select.scopes import Units
+from lightning_gradclip.select.scopes import Units, units_in
 
 
 class UnitMeter:
@@ -82,7 +82,7 @@ class UnitMeter:
 
     def _require_same_count(self, place: int, tensor: Tensor | None) -> None:
         count = self._units.counts[place]
-        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != count:
+        if tensor is not None and units_in(tensor) != count:
             raise RuntimeError(
                 f"parameter {self._units.parameters[place]!r} had {count} units and now has the shape "
                 f"{tuple(tensor.shape)}; make a new Clipper where the shape of a parameter changes"
@@ -106,7 +106,7 @@ class UnitMeter:
 
     def _norms_of(self, place: int, tensor: Tensor | None, device: torch.device) -> Tensor:
         count = self._units.counts[place]
-        if tensor is not None and (tensor.shape[0] if tensor.ndim > 1 else 1) != count:
+        if tensor is not None and units_in(tensor) != count:
             raise OutdatedError
         if tensor is None or tensor.numel() == 0:
             return torch.zeros(count, dtype=torch.float32, device=device)
@@ -172,7 +172,4 @@ def _sparse_norms(tensor: Tensor, count: int, norm_type: float) -> Tensor:
     values, units = tensor.values(), tensor.indices()[0]
     if tensor.ndim < 2:
         units = torch.zeros_like(units)
-    if values.numel() == 0:
-        return torch.zeros(count, dtype=torch.float32, device=tensor.device)
-    found = norms.exact_row_norms(values.reshape(len(values), -1), norm_type)
-    return norms.grouped_norms(found, units, count, norm_type)
+    return norms.grouped_norms(norms.exact_row_norms(values[:, None].flatten(1), norm_type), units, count, norm_type)

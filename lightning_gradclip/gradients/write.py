@@ -178,7 +178,7 @@ class _UnitBatches:
         factors = factors.view(-1, *[1] * (values.ndim - 1))
         if self._wide or (values.is_cpu and values.dtype is torch.bfloat16):
             _scale_converted_(values, factors)
-        elif units is not None and _are_few(units, end - start, values) and not gradient.is_sparse:
+        elif not (units is None or gradient.is_sparse or values.numel() < MANY) and len(units) <= FEW * (end - start):
             _scale_some_(values, units, factors)
         else:
             gradients, theirs = self._batches.setdefault(key, ([], []))
@@ -199,10 +199,6 @@ def _changed(coefs: Tensor, starts: Sequence[int]) -> tuple[Tensor | None, list[
         return None, list(pairwise(starts))
     units = (coefs != 1).nonzero()[:, 0]
     return units, list(pairwise(torch.searchsorted(units, norms.integers_on(tuple(starts), coefs.device)).tolist()))
-
-
-def _are_few(units: Tensor, of: int, values: Tensor) -> bool:
-    return len(units) <= FEW * of and values.numel() >= MANY
 
 
 def _scale_converted_(values: Tensor, factors: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import entries, norms
 from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.ranks import Reduced, reduced
+from lightning_gradclip.gradients.ranks import reduced
 from lightning_gradclip.gradients.read import Meter, exact_norms
 from lightning_gradclip.gradients.write import Clamp
 from lightning_gradclip.limit.limiter import Limiter, Outcome, read_row
@@ -66,7 +66,7 @@ class EntryLimiter(Limiter):
         joint, outside = norms.joint_norm(each, p), known.totals[0]
         if detailed:
             after = norms.joint_norm(known.norms[1] / scale, p)
-            clipped = outside / self._entries(gradients, known, each)
+            clipped = outside / (self._counts(each) * self._present(gradients, known, each)).sum().clamp_min(1.0)
         else:
             # Nobody has looked closely.
             after, clipped = joint * math.nan, outside.where(outside == 0, math.nan)
@@ -77,9 +77,3 @@ class EntryLimiter(Limiter):
         if on_cpu:
             return Outcome(joint.item(), high, change, row, measured, known.nothing)
         return Outcome(joint.view(1), joint.new_full((1,), high), change, row, measured, known.nothing)
-
-    def _entries(self, gradients: Tensors, known: Reduced, each: Tensor) -> Tensor | int:
-        """The number of entries of all gradients over all ranks, at least 1."""
-        if known.present is None:
-            return max(1, sum(gradient.numel() for gradient in gradients if gradient is not None))
-        return (self._counts(each) * (known.present > 0)).sum().clamp_min(1.0)

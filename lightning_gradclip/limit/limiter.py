@@ -134,7 +134,7 @@ class Limiter(ABC):
         if self.adaptive:
             # A scope that was absent so far has learned no limit yet: it must not be frozen at zero.
             limits = torch.where(limits > 0, limits, math.inf)
-        limit = limits[0] if limits.numel() == 1 else math.nan
+        limit = limits.view(-1)[0] if limits.numel() == 1 else math.nan
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = sizes.is_cpu and not method.may_grow
         if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():

@@ -33,8 +33,7 @@ class UnitLimiter(Limiter):
     def _serve(self, selection: Selection) -> Units:
         self._units = self._held_units = selection.units()
         if self._reducer is not None:
-            held = [layout.local(parameter) for parameter in selection.params]
-            self._held_units = Units.of(selection.names, held)
+            self._held_units = Units(selection.names, tuple(map(layout.local, selection.params)))
             self._places = {torch.device("cpu"): _places(self._units)}
         p = self._method.norm_type
         self._of_gradients, self._of_weights = UnitMeter(self._held_units, p), UnitMeter(self._held_units, p)

@@ -67,7 +67,7 @@ class ClipMethod(KnownArguments):
         """The factor for each scope, `(S,)`: limit / (size + epsilon) above the limit and exactly 1 within."""
         return where(size > limit, divide(limit, size + self.epsilon), 1.0)
 
-    def floor(self, step: int) -> float:
+    def floor_at(self, step: int) -> float:
         """The size that smaller ones are scaled up to, for rules that may grow a gradient; 0: none is."""
         return 0.0
 
@@ -107,7 +107,7 @@ class ClipMethod(KnownArguments):
     @property
     def takes_floats(self) -> bool:
         """Whether `on_floats` holds for this rule: a subclass that overrides a part of it must say so again."""
-        parts = {"on_floats", "limit", "coef", "floor", "update", "fresh_state"}
+        parts = {"on_floats", "limit", "coef", "floor_at", "update", "fresh_state"}
         nearest = next(kind for kind in type(self).__mro__ if parts & vars(kind).keys())
         return "on_floats" in vars(nearest) and self.on_floats and not self.needs_weight
 
@@ -144,7 +144,7 @@ class Unlimited(ClipMethod):
 def coefs_of(method: ClipMethod, size: Number, limit: Number, step: int) -> Number:
     """The factor for each scope, `(S,)`: the method's, and where a size is below the floor what raises it to that."""
     coef = method.coef(size, limit)
-    floor = method.floor(step) if method.may_grow else 0.0
+    floor = method.floor_at(step) if method.may_grow else 0.0
     if not floor > 0:
         return coef
     # A size near the smallest number has no finite factor.

@@ -72,5 +72,5 @@ class NormClip(ClipMethod):
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
         return full(size, value_at(self.max_norm, step))
 
-    def floor(self, step: int) -> float:
+    def floor_at(self, step: int) -> float:
         return value_at(self.min_norm, step)

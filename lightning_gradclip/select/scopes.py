@@ -33,13 +33,10 @@ class Scopes:
             self._indices[device] = torch.tensor(self.index, device="cpu").to(device)
         return self._indices[device]
 
-    @cached_property
-    def members(self) -> tuple[tuple[int, ...], ...]:
-        """For each scope the indices of its parameters."""
-        lists: list[list[int]] = [[] for _ in self.names]
-        for parameter, scope in enumerate(self.index):
-            lists[scope].append(parameter)
-        return tuple(map(tuple, lists))
+
+def units_in(tensor: Tensor) -> int:
+    """The number of slices along dim 0; 1 of a bias or scalar."""
+    return tensor.shape[0] if tensor.ndim > 1 else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +51,15 @@ class Units:
     params: tuple[Tensor, ...]
     _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    @staticmethod
-    def of(names: Sequence[str], params: Sequence[Tensor]) -> "Units":
-        return Units(tuple(names), tuple(params))
-
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """The number of units of each parameter."""
-        return tuple(parameter.shape[0] if parameter.ndim > 1 else 1 for parameter in self.params)
+        return tuple(map(units_in, self.params))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The index of the first unit of each parameter, and at the end the number of units."""
         return (0, *accumulate(self.counts))
-
-    @cached_property
-    def sliced(self) -> tuple[bool, ...]:
-        """For each parameter whether its units are slices of it."""
-        return tuple(parameter.ndim > 1 for parameter in self.params)
 
     @property
     def count(self) -> int:
@@ -80,8 +68,8 @@ class Units:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Such as "conv.weight[3]" and "conv.bias"; made when asked for, since a large model has a million."""
-        pieces = zip(self.parameters, self.counts, self.sliced, strict=True)
-        return tuple(f"{name}[{i}]" if sliced else name for name, count, sliced in pieces for i in range(count))
+        units = zip(self.parameters, self.params, self.counts, strict=True)
+        return tuple(f"{name}[{i}]" if one.ndim > 1 else name for name, one, count in units for i in range(count))
 
     def index_on(self, device: torch.device) -> Tensor:
         """For each unit the index of its parameter, `(S,)`, moved to each device once."""
