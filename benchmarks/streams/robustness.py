@@ -223,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = ("torch", "lightning-gradclip", "zclip", "autoclip", "pytorch_optimizer")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names), end="\n\n")
-    print("| spikes halved / others reduced / recovered | " + " | ".join(["nothing", *STREAMS]) + " |")
+    print("| spikes halved / others cut / recovered | " + " | ".join(["nothing", *STREAMS]) + " |")
     print("| --- |" + " --- |" * (len(STREAMS) + 1))
     for name, make in CLIPPERS.items():
         usual = drive(make(), steady())

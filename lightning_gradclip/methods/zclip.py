@@ -12,7 +12,7 @@ Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mit
 2504.02507, 2025; memory="faithful" equals `zclip` 1.0.0, whose names are "zscore" with "adaptive_scaling" or "mean",
 and "percentile" for our "max". Its max_grad_norm of 1.0 is max_norm here, off by default.
 
-Deviations: memory="faithful" remembers the reduced limit of a clipped step: after a lasting shift of the level by ten
+Deviations: memory="faithful" remembers the limit of a clipped step: after a lasting shift of the level by ten
 standard deviations it clips every later step ("max" follows it where there is noise). memory="winsorized", the
 default, remembers min(x, mu + z_threshold * s) instead, with s at least 1 % of mu, and follows a shift to as much as
 ten times the level within 100 steps. Sizes that are not finite, or exactly zero, are never remembered: one NaN, or
@@ -42,12 +42,12 @@ class ZClip(ClipMethod):
         z_threshold: Standard deviations above the mean from which on a norm is a spike, > 0; inf never clips.
         alpha: Share of the old mean and variance that is kept at each step, in [0, 1): near 1 they change slowly.
         warmup: How many norms give the first mean and variance, >= 2; nothing but `max_norm` limits until then.
-        mode: What a spike is reduced to: "reciprocal", the further the lower; "mean"; or "max", the largest norm that
+        mode: What a spike is cut to: "reciprocal", the further the lower; "mean"; or "max", the largest norm that
             is no spike.
         clip_factor: Multiplies that, > 0; below 1 spikes are cut harder.
         max_norm: A limit that always holds, > 0; None: none. A mapping of step to value is interpolated linearly.
         memory: What is remembered of a spike: "winsorized", the largest norm that is none; "faithful", what it was
-            reduced to, as published.
+            cut to, as published.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
 
     Raises:
@@ -94,8 +94,8 @@ class ZClip(ClipMethod):
             spread = maximum(sqrt(var), 0.01 * mean)
             kept = minimum(size, mean + self.z_threshold * spread)
         else:
-            reduced = self._spike_limit(size)
-            kept = where(reduced < math.inf, reduced, size)
+            cut = self._spike_limit(size)
+            kept = where(cut < math.inf, cut, size)
         # Running moments of the first sizes, exponential ones of the later: both move by a share of the difference.
         share = where(warm, divide(1.0, real(count + 1, mean)), 1.0 - self.alpha)
         difference = where(warm, size, kept) - mean
@@ -107,14 +107,14 @@ class ZClip(ClipMethod):
         }
 
     def _spike_limit(self, size: Number) -> Number:
-        """What spikes are reduced to, `(S,)`; +inf where there is none."""
+        """What spikes are cut to, `(S,)`; +inf where there is none."""
         mean, std = self.state["mean"], sqrt(self.state["var"])
         z = divide(size - mean, std + 1e-6)
         highest = mean + self.z_threshold * std
         if self.mode == "reciprocal":
-            is_spike, reduced = z > self.z_threshold, mean + self.z_threshold * std * divide(self.z_threshold, z)
+            is_spike, cut = z > self.z_threshold, mean + self.z_threshold * std * divide(self.z_threshold, z)
         elif self.mode == "mean":
-            is_spike, reduced = z > self.z_threshold, mean
+            is_spike, cut = z > self.z_threshold, mean
         else:
-            is_spike, reduced = size > highest, highest
-        return where(is_spike & (self.state["count"] >= self.warmup), self.clip_factor * reduced, math.inf)
+            is_spike, cut = size > highest, highest
+        return where(is_spike & (self.state["count"] >= self.warmup), self.clip_factor * cut, math.inf)

@@ -26,7 +26,7 @@ _ROWS = 200
 class Buckets:
     """`b` buckets of `width` points each, the last one perhaps shorter; arrays of shape `(b,)`."""
 
-    width: int  # 1: nothing was reduced
+    width: int  # 1: every step by itself
     step: npt.NDArray[np.int64]  # the first
     low: Numbers  # the smallest norm before clipping, NaN if none was finite
     high: Numbers
