@@ -5,7 +5,7 @@ import gc
 import pytest
 
 # They assert in the name of several test files; a failure shows the values there too.
-pytest.register_assert_rewrite("application", "command_lines")
+pytest.register_assert_rewrite("kit.application", "kit.command_lines")
 
 
 def pytest_collection_finish() -> None:

@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import peers
 import pytest
-import reference
 import torch
-from clipping import arrays, random
-from gradients import Witness, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from kit import peers, reference
+from kit.clipping import arrays, random
+from kit.gradients import Witness, same_bits
 from lightning_gradclip import AGC, Clipper, StepStats
 
 SHAPES = {

@@ -5,12 +5,11 @@ import math
 from typing import Any
 
 import numpy as np
-import peers
 import pytest
-import reference
 import torch
-from streams import NOISES, Fed, noisy, shifted
 
+from kit import peers, reference
+from kit.streams import NOISES, Fed, noisy, shifted
 from lightning_gradclip import EmaClip
 
 # Of the parameters' gradients: AdaGC's warm-up clips their joint norm, its limits are relative.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import noisy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.streams import noisy
 from lightning_gradclip.methods import memory
 from lightning_gradclip.methods.memory import AllSizes, LastSizes, Memory, State
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
-import reference
 import torch
-from clipping import arrays, assert_clipped, clip, random
-from gradients import SCOPES, SHAPES, Witness, named, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kit import reference
+from kit.clipping import arrays, assert_clipped, clip, random
+from kit.gradients import SCOPES, SHAPES, Witness, named, normal
 from lightning_gradclip import Clipper, NormClip
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]

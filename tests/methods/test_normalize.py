@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
-import reference
 import torch
-from clipping import arrays, assert_clipped, clip, random
-from gradients import SCOPES, SHAPES, Witness, named, normal, two_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -18,6 +15,9 @@ from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import SGD
 
+from kit import reference
+from kit.clipping import arrays, assert_clipped, clip, random
+from kit.gradients import SCOPES, SHAPES, Witness, named, normal, two_groups
 from lightning_gradclip import Clipper, GradientClipping, Normalize
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, math.inf]

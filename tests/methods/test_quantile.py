@@ -4,13 +4,12 @@ import dataclasses
 import math
 
 import numpy as np
-import peers
 import pytest
-import reference
 import torch
 from omegaconf import OmegaConf
-from streams import Fed, noisy, shifted
 
+from kit import peers, reference
+from kit.streams import Fed, noisy, shifted
 from lightning_gradclip import QuantileClip
 
 Shift = tuple[np.ndarray, np.ndarray, list[float]]

@@ -5,15 +5,15 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
-from boring import Prescribed, fit, gradients, weights
 from hydra import compose, initialize
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from streams import Fed, noisy, shifted
 from torch.optim import AdamW
 
+from kit import reference
+from kit.boring import Prescribed, fit, gradients, weights
+from kit.streams import Fed, noisy, shifted
 from lightning_gradclip import SigmaClip
 
 

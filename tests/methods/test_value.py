@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
-from clipping import random
-from gradients import SHAPES, Witness, named, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -18,6 +15,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
+from kit import reference
+from kit.clipping import random
+from kit.gradients import SHAPES, Witness, named, normal
 from lightning_gradclip import Clipper, StepStats, ValueClip
 
 # Dtypes, and whole numbers of the same width.

@@ -5,13 +5,12 @@ import math
 from typing import Any
 
 import numpy as np
-import peers
 import pytest
-import reference
 import torch
-from streams import NOISES, Fed, noisy, shifted
 from torch import nn
 
+from kit import peers, reference
+from kit.streams import NOISES, Fed, noisy, shifted
 from lightning_gradclip import ZClip
 
 # Our modes and theirs.
