@@ -278,7 +278,7 @@ def test_what_a_run_has_saved_makes_the_same_callback(tmp_path: Path) -> None:
 
 
 def test_a_notebook_composes() -> None:
-    with initialize(config_path="foreign/configs", version_base="1.3"):
+    with initialize(config_path="../foreign/configs", version_base="1.3"):
         cfg = compose("clipped", ["callbacks/gradclip=agc", "callbacks.gradclip.method.clip_factor=0.1"])
     assert instantiate(cfg.callbacks.gradclip).method == AGC(clip_factor=0.1)
 

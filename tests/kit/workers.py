@@ -1,68 +1,75 @@
-"""Run a function in several forked processes, each in the environment that torchrun would give it.
+"""Run a function in several processes at once, the ranks of one run.
 
-Lightning then believes that its processes were started for it and launches none, so that any strategy runs inside a
-test. Forking takes a fraction of a second where starting an interpreter and importing torch takes many.
+`run` asks processes that are kept for the session, one gloo group all the time: a case costs what it does. `run_fresh`
+forks new ones, each in the environment that torchrun would give it: Lightning then believes that its processes were
+started for it and launches none, so that any strategy runs inside a test. That costs a second for each, and is for what
+makes or leaves a group itself, or leaves something else behind.
 """
 
+import contextlib
 import faulthandler
 import functools
 import gc
-import io
 import multiprocessing
 import os
-import pickle
 import queue
 import socket
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kit.travel import packed, unpacked
 
 # Seconds that other workers have to answer after one has failed.
 _GRACE = 0.5
+# Seconds after which an idle worker looks whether its test is still there.
+_PATIENCE = 5.0
 
 
 class WorkerError(Exception):
     """A worker failed, died or did not answer; the message is its traceback, or says which."""
 
 
+class _Task(NamedTuple):
+    """What a kept worker is to do, in the folder and with the warnings of the test that asks."""
+
+    call: bytes
+    timeout: float
+    folder: str
+    filters: list[Any]
+
+
 def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
     """Call `function(rank, *arguments)` in `world` processes and return what it returned, by rank.
 
-    Results travel pickled: tensors arrive as copies, on the CPU.
+    They are the same processes for each call, in one gloo group, until one of them fails. All that travels is pickled:
+    functions inside others as well, classes inside functions not. Tensors arrive as copies, on the CPU.
 
     Raises:
         WorkerError: Soon after one worker fails or dies, or after `timeout` seconds.
     """
-    # What they would each import when they first use it.
-    import torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks
-    import torch.distributed.checkpoint.state_dict
-    import torch.distributed.fsdp.sharded_grad_scaler  # noqa: F401
+    task = _Task(packed((function, arguments)), timeout, os.getcwd(), warnings.filters)
+    kept = _kept.pop(world, None) or _Kept(world)
+    results = kept.do(task)
+    _kept[world] = kept
+    return results
 
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
+
+def run_fresh(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
+    """As `run`, in processes of its own that are in no group yet and see what this one has; results are pickled."""
+    answers = _context.Queue()
     port = _free_port()
     deadline = time.monotonic() + timeout
-    workers = [
-        context.Process(target=_work, args=(rank, world, port, timeout, answers, function, arguments), daemon=True)
-        for rank in range(world)
-    ]
+    workers = _started(world, lambda rank: _work_once(rank, world, port, timeout, answers, function, arguments))
     try:
-        with warnings.catch_warnings():
-            # Other threads of this process may hold a lock; a worker runs on one thread and uses none of theirs.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            for worker in workers:
-                worker.start()
-        results = _collect(answers, workers, deadline)
+        return _collect(answers, workers, deadline)
     finally:
-        for worker in workers:
-            worker.join(5.0)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-    return [results[rank] for rank in range(world)]
+        _end(workers)
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,8 +94,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 def run_each(function: Callable[..., Any], worlds: Mapping[str, int], *, timeout: float = 60.0) -> dict[str, list[Any]]:
     """Call `function(rank, name)` for each name, in as many processes as `worlds` says; by name what `run` returns.
 
-    Names with worlds of one size come one after the other in the same processes, which saves most of the time; each
-    has `timeout` seconds.
+    Names with worlds of one size come one after the other in one call, each has `timeout` seconds.
     """
     found: dict[str, list[Any]] = {}
     for world in sorted(set(worlds.values())):
@@ -108,7 +114,58 @@ def run_each(function: Callable[..., Any], worlds: Mapping[str, int], *, timeout
     return {name: found[name] for name in worlds}
 
 
-def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[int, Any]:
+class _Kept:
+    """Processes that are kept, and were forked when all modules of tests had been imported."""
+
+    def __init__(self, world: int) -> None:
+        self._answers = _context.Queue()
+        self._tasks = [_context.Queue() for _ in range(world)]
+        meeting = str(Path(tempfile.mkdtemp(prefix="ranks-")) / "meeting")
+        self._workers = _started(world, lambda rank: _serve(rank, world, meeting, self._tasks[rank], self._answers))
+
+    def do(self, task: _Task) -> list[Any]:
+        deadline = time.monotonic() + task.timeout
+        for tasks in self._tasks:
+            tasks.put(task)
+        try:
+            return _collect(self._answers, self._workers, deadline)
+        except BaseException:
+            # Whoever is left waits for the others in some collective.
+            for worker in self._workers:
+                worker.kill()
+            _end(self._workers)
+            raise
+
+
+_context = multiprocessing.get_context("fork")
+_kept: dict[int, _Kept] = {}
+
+
+def _started(world: int, work: Callable[[int], None]) -> list[BaseProcess]:
+    # What they would each import when they first use it.
+    import torch._dynamo
+    import torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp.sharded_grad_scaler  # noqa: F401
+
+    workers = [_context.Process(target=work, args=(rank,), daemon=True) for rank in range(world)]
+    with warnings.catch_warnings():
+        # Other threads of this process may hold a lock; a worker runs on one thread and uses none of theirs.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        for worker in workers:
+            worker.start()
+    return workers
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.join(5.0)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     while len(results) + len(failures) < len(workers):
@@ -126,12 +183,12 @@ def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[
             if failure:
                 failures[rank] = failure
             else:
-                results[rank] = pickle.loads(result)
+                results[rank] = unpacked(result)
         if failures:
             # The others lose their connection to it: whoever comes first, all that went wrong is told.
             deadline = min(deadline, time.monotonic() + _GRACE)
     if len(results) == len(workers):
-        return results
+        return [results[rank] for rank in range(len(workers))]
     for worker in workers:
         worker.kill()
     if failures:
@@ -140,31 +197,7 @@ def _collect(answers: Any, workers: list[BaseProcess], deadline: float) -> dict[
     raise WorkerError(f"no answer in time from ranks {late}; their stacks are on stderr")
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors as plain bytes: torch's own way takes a tenth of a millisecond for each at either end.
-
-    They arrive contiguous and without a gradient.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        import torch
-
-        if type(value) is not torch.Tensor:
-            return NotImplemented
-        # As integers, of which numpy knows every size.
-        bits = value.detach().contiguous().view(-1).view(torch.uint8)
-        return _tensor, (bits.numpy().tobytes(), value.dtype, tuple(value.shape))
-
-
-def _tensor(bits: bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
-    import torch
-
-    if not bits:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(bits), dtype=dtype).view(shape)
-
-
-def _work(
+def _work_once(
     rank: int,
     world: int,
     port: int,
@@ -173,38 +206,71 @@ def _work(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    _become(rank, world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    failure = _answer(rank, answers, timeout, lambda: function(rank, *arguments))
+    answers.close()
+    answers.join_thread()
+    if not failure and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _serve(rank: int, world: int, meeting: str, tasks: Any, answers: Any) -> None:
+    """Do what comes, until the test has gone."""
+    test = os.getppid()
+    _become(rank, world)
+    import torch
+
+    # A file, since a port could be taken by somebody else before rank 0 listens there.
+    store = torch.distributed.FileStore(meeting, world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    while os.getppid() == test:
+        with contextlib.suppress(queue.Empty):
+            task: _Task = tasks.get(timeout=_PATIENCE)
+            _answer(rank, answers, task.timeout, lambda task=task: _done(rank, task))
+
+
+def _done(rank: int, task: _Task) -> Any:
+    os.chdir(task.folder)
+    with warnings.catch_warnings():
+        warnings.filters[:] = task.filters
+        function, arguments = unpacked(task.call)
+        return function(rank, *arguments)
+
+
+def _answer(rank: int, answers: Any, timeout: float, work: Callable[[], Any]) -> str:
+    # A worker that hangs says where, just before it is killed.
+    faulthandler.dump_traceback_later(0.9 * timeout)
+    failure, result = "", b""
+    try:
+        # Pickled here, so that a result that cannot travel is a failure with a traceback as well.
+        result = packed(work())
+    except BaseException:  # noqa: BLE001 - also SystemExit: whatever ends a worker is the test's failure
+        failure = traceback.format_exc()
+    faulthandler.cancel_dump_traceback_later()
+    answers.put((rank, failure, result))
+    return failure
+
+
+def _become(rank: int, world: int, **more: str) -> None:
+    """One of the processes that torchrun would start."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world),
         GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="tests",
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",
+        **more,
     )
     # What the fork brought along stays: a collection would look at each object of it, and copy the memory they lie in.
     gc.freeze()
-    # A worker that hangs says where, just before it is killed.
-    faulthandler.dump_traceback_later(0.9 * timeout)
     import torch
 
     torch.set_num_threads(1)
-    failure, result = "", b""
-    try:
-        # Pickled here, so that a result that cannot travel is a failure with a traceback as well.
-        stream = io.BytesIO()
-        _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(function(rank, *arguments))
-        result = stream.getvalue()
-    except BaseException:  # noqa: BLE001 - also SystemExit: whatever ends a worker is the test's failure
-        failure = traceback.format_exc()
-    answers.put((rank, failure, result))
-    answers.close()
-    answers.join_thread()
-    if not failure and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

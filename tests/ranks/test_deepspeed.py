@@ -99,7 +99,7 @@ def test_the_engine_clips_as_lightnings_own_setting_does_and_logs_its_norm(tmp_p
         bare, _ = train(tmp_path / "bare", **options)
         return theirs, ours, again, without, bare, trainer.gradient_clip_val
 
-    for theirs, ours, again, without, bare, setting in workers.run(work, timeout=300):
+    for theirs, ours, again, without, bare, setting in workers.run_fresh(work, timeout=300):
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
         assert all(torch.equal(ours[name], again[name]) for name in ours)
         assert all(torch.equal(without[name], bare[name]) for name in bare)
@@ -146,7 +146,7 @@ def test_what_the_engine_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         messages["gradient_clipping=0.3"] = str(error.value)
         return messages
 
-    for messages in workers.run(work, timeout=300):
+    for messages in workers.run_fresh(work, timeout=300):
         for name, message in messages.items():
             assert name in message
             assert "DeepSpeed" in message

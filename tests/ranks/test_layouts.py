@@ -46,6 +46,19 @@ def message(error: type[Exception], make: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 6, bias=False)
+        self.unused = nn.Linear(5, 3)
+        self.tiny = nn.Linear(6, 1)
+        self.head = nn.Linear(6, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tiny(self.head(self.embed(x)))
+
+
 class TestRefusals:
     def test_what_fsdp_has_cut_or_joined_names_a_way_out(self) -> None:
         def work(rank: int) -> list[str]:
@@ -377,18 +390,6 @@ class TestOddLayouts:
 
     @needs_fsdp2
     def test_unused_modules_and_tied_weights_under_fsdp(self) -> None:
-        class Tied(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.embed = nn.Linear(6, 6, bias=False)
-                self.unused = nn.Linear(5, 3)
-                self.tiny = nn.Linear(6, 1)
-                self.head = nn.Linear(6, 6, bias=False)
-                self.head.weight = self.embed.weight
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.tiny(self.head(self.embed(x)))
-
         def net() -> nn.Module:
             torch.manual_seed(0)
             return Tied()

@@ -263,10 +263,11 @@ def test_measuring_what_fsdp_has_joined_is_refused_too() -> None:
     assert "nothing to tell each parameter by" in workers.run(work)[0]
 
 
-def test_a_module_that_wraps_itself_is_looked_at_before_the_first_step() -> None:
-    class Wrapping(Fitted):
-        def configure_model(self) -> None: ...
+class Wrapping(Fitted):
+    def configure_model(self) -> None: ...
 
+
+def test_a_module_that_wraps_itself_is_looked_at_before_the_first_step() -> None:
     def work(rank: int) -> tuple[str, int]:
         way = WAYS["fsdp1_full"]
         options = {"strategy": way.strategy(), "devices": 2, "use_distributed_sampler": False}

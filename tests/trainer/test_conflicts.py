@@ -143,7 +143,7 @@ def test_a_callback_can_be_sent_to_other_processes() -> None:
         trainer = fit(Prescribed(), gradients(2), pickle.loads(sent), log_every_n_steps=1)
         return os.getpid(), sorted(key for key in trainer.callback_metrics if key.startswith("gradclip/norm/"))
 
-    ((process, keys),) = workers.run(work, world=1)
+    ((process, keys),) = workers.run_fresh(work, world=1)
     assert process != os.getpid()
     assert keys == ["gradclip/norm/head"]
 

@@ -470,7 +470,7 @@ def test_a_killed_run_keeps_all_but_the_last_window_and_goes_on(tmp_path: Path, 
         fit(Prescribed(), given, *callbacks, enable_checkpointing=True, **options)
 
     with pytest.raises(workers.WorkerError):
-        workers.run(work, world=1)
+        workers.run_fresh(work, world=1)
     # The checkpoint of step 26 wrote what was pending, and the log event after batch 29 the rest.
     assert_recorded(tmp_path / "it", [[norm(gradient)] for gradient in given[:30]])
     assert find_runs([tmp_path])[0].step.tolist() == [*range(30)]
@@ -495,7 +495,7 @@ def test_a_checkpoint_leaves_no_gap_behind_it(tmp_path: Path) -> None:
         fit(Prescribed(), given, clipping(tmp_path / "it"), Ending(), saving, enable_checkpointing=True, **options)
 
     with pytest.raises(workers.WorkerError):
-        workers.run(work, world=1)
+        workers.run_fresh(work, world=1)
     assert_recorded(tmp_path / "it", [[norm(gradient)] for gradient in given[:7]])
     saved = tmp_path / "saves" / "step=7.ckpt"
     fit(Prescribed(), given, clipping(tmp_path / "it"), **options, ckpt_path=saved, weights_only=True)
@@ -554,7 +554,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, where
         fit(plain := Regression(), given, clipping(False, measure_per="layer"))
         return [str(one.message) for one in caught if "history" in str(one.message)], weights(module), weights(plain)
 
-    ((said, reached, expected),) = workers.run(work, world=1)
+    ((said, reached, expected),) = workers.run_fresh(work, world=1)
     assert equal(reached, expected)
     (message,) = said
     assert message.startswith("cannot write the history: ")
@@ -611,7 +611,7 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
         trainer.fit(Prescribed(), Batches(given[rank]))
         return sorted(Path(one).name for one in opened if one.startswith(str(tmp_path)))
 
-    assert workers.run(work) == [["scopes.0.npy", "steps.npy"], []]
+    assert workers.run_fresh(work) == [["scopes.0.npy", "steps.npy"], []]
     joint = [mean_gradient(pair, 2) for pair in zip(*given, strict=True)]
     assert_recorded(tmp_path / "it", [[norm(gradient)] for gradient in joint])
     names, norms = History(tmp_path / "it").scope_norms()
