@@ -168,7 +168,7 @@ class GradientClipping(KnownArguments, Callback):
         if not isinstance(clipper, Clipper) or clipper.optimizer is not optimizer:
             clipper = self._clipper(trainer, pl_module, optimizer, index)
         self._last_batch = lightning.batches(trainer)
-        detailed = not clipper.has_details or lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
+        detailed = lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
         clipper.step(scaler, at=self._recorder.step, detailed=detailed)
         if clipper.has_news:
             self._recorder.open(index)

@@ -14,6 +14,7 @@ from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
+from lightning_gradclip.act.stalls import Stalls
 from lightning_gradclip.gradients import ranks, read, write
 from lightning_gradclip.limit.entries import EntryLimiter
 from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
@@ -25,6 +26,8 @@ from lightning_gradclip.select.parameters import Names, Selection
 
 # What is smaller than a parameter is measured and written in its own way.
 _LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": EntryLimiter}
+# How often what an optimizer feels is looked at where nobody says when he logs, as often as Lightning logs.
+_LOOKS_EVERY = 50
 
 
 class Clipper(Recorded):
@@ -104,6 +107,7 @@ class Clipper(Recorded):
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
+        self._stalls = Stalls(optimizer, own) if optimizer is not None and self._writes else None
         self.detailed = True
         self._select()
 
@@ -121,7 +125,8 @@ class Clipper(Recorded):
             scaler: The GradScaler that scaled the loss, if any. Gradients that it has not unscaled yet are unscaled
                 here, as `scaler.unscale_(optimizer)` does.
             at: The number of this step in the record; None: the steps that this clipper took before.
-            detailed: Takes the place of the attribute in this step; None: does not.
+            detailed: Takes the place of the attribute in this step, and says whether to look at what the optimizer
+                feels, as before a log event; None: does not, and every 50th step looks.
 
         Returns:
             What was done. A step in which no selected parameter has a gradient changes and records nothing.
@@ -131,6 +136,7 @@ class Clipper(Recorded):
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
                 `max_consecutive_skips` steps in a row were dropped without a GradScaler.
         """
+        looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed
         detailed = self.detailed if detailed is None else detailed
         with torch.no_grad():
             if self._selection.is_outdated(self._optimizer):
@@ -148,6 +154,8 @@ class Clipper(Recorded):
             outcome = self._limiter.judge(gradients, self._steps, scale, on_host=on_host, detailed=detailed)
             if outcome.nothing:
                 return StepStats.of_nothing(self._limiter.scopes)
+            if looks and self._stalls is not None:
+                self._stalls.look(gradients, scale, outcome.row)
             if scaler is not None and self._reducer is not None and self._writes and self._optimizer is not None:
                 scaling.agree(scaler, self._optimizer, outcome.finite)
             verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed)
@@ -160,16 +168,15 @@ class Clipper(Recorded):
             `norm`, `norm_clipped` (means over the finite steps), `norm_max`, `limit` (with one finite limit),
             `coef_min`, `clip_rate` (share of the steps that changed anything), `clipped` (mean fraction of the scopes
             over their limit, or of the entries outside the bounds, where there are several), `skipped` and `nonfinite`
-            (counts since the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`.
+            (counts since the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`,
+            `stalled` (share of the parameters that clipping leaves less than an optimizer of Adam's kind can feel).
             Without a finite step the norms are left out.
         """
         self._skips.review(self._steps - 1)
-        return super().metrics()
+        return super().metrics() | self._felt()
 
-    @property
-    def has_details(self) -> bool:
-        """Whether `detailed` makes a difference to what this clipper does."""
-        return self._limiter.has_details
+    def peek(self) -> dict[str, float]:
+        return super().peek() | self._felt()
 
     @property
     def serves_any(self) -> bool:
@@ -206,6 +213,12 @@ class Clipper(Recorded):
         self._actor.serve(self._selection)
         self._reducer = ranks.reducer_for(self._selection)
         self._limiter.serve(self._selection, self._reducer)
+        if self._stalls is not None:
+            self._stalls.serve(self._selection, self._reducer)
+
+    def _felt(self) -> dict[str, float]:
+        share = None if self._stalls is None else self._stalls.share()
+        return {} if share is None else {"stalled": share}
 
     def _unscale(self, scaler: GradScaler) -> float | Tensor:
         """Unscale the gradients, or where nothing is to be written say what they are still multiplied by."""

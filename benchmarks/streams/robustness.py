@@ -170,8 +170,8 @@ CLIPPERS: dict[str, Callable[[], Callable[[list[Tensor]], list[float]]]] = {
     "`ZClip()`": lambda: Ours(ZClip()),
     '`ZClip(memory="faithful")`': lambda: Ours(ZClip(memory="faithful")),
     "zclip 1.0.0": PublishedZClip,
-    "`EmaClip()`": lambda: Ours(EmaClip(warmup_max_norm=math.inf)),
-    "`adagc`": lambda: Ours(EmaClip(per="parameter")),
+    "`EmaClip()`": lambda: Ours(EmaClip()),
+    "`adagc`": lambda: Ours(EmaClip(per="parameter", warmup_max_norm=1.0)),
     "pytorch_optimizer 4.1.0 `AdaGC`": PublishedAdaGC,
 }
 

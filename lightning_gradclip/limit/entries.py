@@ -20,8 +20,6 @@ from lightning_gradclip.select.scopes import Scopes
 class EntryLimiter(Limiter):
     """Runs a method over single entries. The one size is the joint norm, the one limit the upper bound."""
 
-    has_details = True
-
     def _serve(self, selection: Selection) -> Scopes:
         for name, parameter in zip(selection.names, selection.params, strict=True):
             if parameter.is_complex():

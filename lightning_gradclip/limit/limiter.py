@@ -75,11 +75,9 @@ class Limiter(ABC):
         learned: The method and what it has learned.
         scopes: Where the method measures.
         measured: The scopes that `measure_per` asked for.
-        has_details: Whether there is anything that costs passes of its own.
         adaptive: Whether there is anything to learn.
     """
 
-    has_details: bool = False
     scopes: Scopes | Units
     measured: Scopes | None
 

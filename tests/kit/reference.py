@@ -214,7 +214,7 @@ class Ema(NamedTuple):
 
 
 def ema(
-    sizes: Array, *, ratio: float = 1.04, beta: float = 0.99, warmup: int = 100, warmup_max_norm: float = 1.0
+    sizes: Array, *, ratio: float = 1.04, beta: float = 0.99, warmup: int = 100, warmup_max_norm: float = math.inf
 ) -> Ema:
     """EmaClip for the sizes of all scopes, `(steps, scopes)`; 0 stands for no gradient."""
     gammas, counts = [0.0] * sizes.shape[1], [0] * sizes.shape[1]

@@ -165,7 +165,7 @@ class TestArguments:
             "ratio": 1.04,
             "beta": 0.99,
             "warmup": 100,
-            "warmup_max_norm": 1.0,
+            "warmup_max_norm": math.inf,
             "per": "model",
         }
         assert EmaClip().norm_type == 2.0
