@@ -107,7 +107,7 @@ class Clipper(Recorded):
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
-        self._stalls = Stalls(optimizer, own) if optimizer is not None and self._writes else None
+        self._stalls = Stalls(optimizer, own) if optimizer is not None and self._policy.action == "clip" else None
         self.detailed = True
         self._select()
 

@@ -2,15 +2,16 @@
 
 python benchmarks/training/stalls.py
 
-Two layers, whose gradients are as far apart as `SCALES` says, are moved for 60 steps by optimizers of Adam's kind. A row
-gives what is left of the movement of the layer that loses most, of what it is without clipping, in the last third of
-the steps, and where there was a warning what is left when each piece of its advice is taken. Written to `stalls.csv`.
+Two layers, whose gradients are as far apart as `SCALES` says, are moved for 60 steps by optimizers of Adam's kind. A
+row gives what is left of the movement of the layer that loses most, of what it is without clipping, in the last third
+of the steps, and where there was a warning what is left when each piece of its advice is taken. Written to `stalls.csv`.
 """
 
 import csv
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from lightning_gradclip import (
     ClipMethod,
     Clipper,
     EmaClip,
-    NormClip,
     Normalize,
+    NormClip,
     QuantileClip,
     SigmaClip,
     ValueClip,
@@ -108,9 +109,7 @@ def advised(method: ClipMethod, said: str, scales: Scales) -> Iterator[tuple[str
 
 
 def rows() -> Iterator[dict[str, object]]:
-    for (name, method), (kind, make), scales in (
-        (method, optimizer, scales) for method in METHODS.items() for optimizer in OPTIMIZERS.items() for scales in SCALES
-    ):
+    for (name, method), (kind, make), scales in product(METHODS.items(), OPTIMIZERS.items(), SCALES):
         free = moved(make, None, scales).distances
         found = moved(make, method, scales)
         said = "".join(one for one in found.said if "cannot feel" in one)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradclip.gradients import norms, ranks
+from lightning_gradclip.gradients import ranks
 from lightning_gradclip.gradients.moments import felt_beside, keeps_any, moments_of, numbers_on, ripeness
 from lightning_gradclip.gradients.norms import Tensors
 from lightning_gradclip.gradients.ranks import Reducer, reduced
@@ -113,13 +113,14 @@ class Stalls:
         if self._warned or not ranks.is_first_rank():
             return
         self._warned = True
-        names, eps = self._selection.names, seen.eps[worst].item()
+        names = self._selection.names
+        before, after, eps = (numbers[worst].item() for numbers in (seen.before, seen.after, seen.eps))
         optimizer = type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
         warnings.warn(
             f"clipping by {self._method!r} leaves {lost} of {len(names)} parameters less than half of their movement: "
-            f"of {names[worst]!r} {optimizer} is given gradients of {seen.after[worst].item():.2g} (root mean square) instead of "
-            f"{seen.before[worst].item():.2g}, and cannot feel them beside its eps={eps:g}. "
-            f"{self._remedy(seen, worst)}, or lower the eps of {optimizer}. The metric `stalled` counts such parameters",
+            f"of {names[worst]!r} {optimizer} is given gradients of {after:.2g} (root mean square) instead of "
+            f"{before:.2g}, and cannot feel them beside its eps={eps:g}. {self._remedy(seen, worst)}, or lower the eps "
+            f"of {optimizer}. The metric `stalled` counts such parameters",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -60,7 +60,7 @@ def ripeness(moments: Sequence[Moment | None], like: Tensor) -> Tensor:
     betas = numbers_on(tuple(0.0 if one is None else one.beta for one in moments), like.device, like.dtype)
     steps = [1.0 if one is None else one.steps for one in moments]
     if any(isinstance(one, Tensor) and not one.is_cpu for one in steps):
-        seen = torch.stack([one.to(like).view(()) if isinstance(one, Tensor) else like.new_tensor(one) for one in steps])
+        seen = torch.stack([torch.as_tensor(one).to(like).view(()) for one in steps])
     else:
         seen = torch.tensor([float(one) for one in steps], dtype=like.dtype, device="cpu").to(like.device)
     return 1.0 - betas.pow(seen)

@@ -2,8 +2,9 @@
 
 Rule: after the warm-up the limit of a scope is ratio * gamma, and gamma = beta * gamma + (1 - beta) * v with v the size
 after clipping. During the first `warmup` sizes gamma is the smallest v, and all scopes share one coefficient, that of
-clipping their joint norm to `warmup_max_norm`, if there is any. The level can rise by (1 - beta) * (ratio - 1) a step: by default a
-lasting shift to twice the level takes about 1,800 steps, to four times 3,600; raise `ratio` or lower `beta` for faster.
+clipping their joint norm to `warmup_max_norm`, if there is any. The level can rise by (1 - beta) * (ratio - 1) a step:
+by default a lasting shift to twice the level takes about 1,800 steps, to four times 3,600; raise `ratio` or lower
+`beta` for faster.
 
 Source: G. Wang, S. Li, C. Chen, J. Zeng et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
 Clipping", arXiv 2502.11034, 2025, algorithm 1, which is per="parameter" (the option `adagc`); as
@@ -11,9 +12,10 @@ Clipping", arXiv 2502.11034, 2025, algorithm 1, which is per="parameter" (the op
 
 Deviations: nothing is clipped during the warm-up unless `warmup_max_norm` says so, where the published rule limits the
 joint norm to 1 (as the option `adagc` does): where norms are larger, gamma starts at 1 and rises as slowly as said
-above, and layers whose gradients are small beside the others' may get too little for Adam to feel. Sizes that are not finite, or exactly zero, are never remembered: in the published implementation a tensor
-whose gradient is zero once during the warm-up (an unused embedding, LoRA's A) gets gamma 0 and never moves again. The
-warm-up counts each scope's own sizes, so that scopes that appear later have one too.
+above, and layers whose gradients are small beside the others' may get too little for Adam to feel. Sizes that are not
+finite, or exactly zero, are never remembered: in the published implementation a tensor whose gradient is zero once
+during the warm-up (an unused embedding, LoRA's A) gets gamma 0 and never moves again. The warm-up counts each scope's
+own sizes, so that scopes that appear later have one too.
 
 Suggested values: ratio 1.04 (lambda_rel of Wang et al.), beta 0.99, warmup 100; where the first steps
 need a guard, warmup_max_norm 1.0 (lambda_abs, the usual limit of language models, whose norms are about as large).

@@ -156,7 +156,7 @@ class TestClass:
     @every_method
     def test_it_is_told_from_its_repr(self, cls: type[ClipMethod], per: str) -> None:
         method = subject(cls, per)
-        assert eval(repr(method), {cls.__name__: cls}) == method
+        assert eval(repr(method), {cls.__name__: cls, "inf": math.inf}) == method
 
 
 class Stepper:

@@ -106,13 +106,15 @@ class TestAgainstTheReference:
 
 class TestLimits:
     def test_all_scopes_share_one_coefficient_during_the_warm_up(self) -> None:
-        after, _, _ = run(EmaClip(per="parameter", warmup=3), np.array([[3.0, 4.0], [0.3, 0.4], [30.0, 40.0]]))
+        after, _, _ = run(
+            EmaClip(per="parameter", warmup=3, warmup_max_norm=1.0), np.array([[3.0, 4.0], [0.3, 0.4], [30.0, 40.0]])
+        )
         np.testing.assert_allclose(after, [[0.6, 0.8], [0.3, 0.4], [0.6, 0.8]], rtol=1e-6)
         # Their joint norm is exactly that of clipping it with the 1e-6 of torch.
         assert math.hypot(*after[0]) == pytest.approx(5 / (5 + 1e-6), rel=1e-12)
 
     def test_a_joint_norm_within_the_limit_is_untouched(self) -> None:
-        fed = Fed(EmaClip(per="parameter"), 2)
+        fed = Fed(EmaClip(per="parameter", warmup_max_norm=1.0), 2)
         assert fed.limits([[0.6, 0.8]]).tolist() == [[math.inf, math.inf]]
         assert fed.norms() == [0.6, 0.8]
 
