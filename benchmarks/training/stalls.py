@@ -4,7 +4,7 @@ python benchmarks/training/stalls.py
 
 Two layers, whose gradients are as far apart as `SCALES` says, are moved for 60 steps by optimizers of Adam's kind. A
 row gives what is left of the movement of the layer that loses most, of what it is without clipping, in the last third
-of the steps, and where there was a warning what is left when each piece of its advice is taken. Written to `stalls.csv`.
+of the steps, and where there was a warning what is left when each piece of its advice is taken.
 """
 
 import csv

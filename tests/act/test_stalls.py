@@ -6,19 +6,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import boring
-import layouts
 import pytest
 import torch
-import workers
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import Parameter
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop
 
+from kit import boring, layouts, workers
 from lightning_gradclip import Clipper, EmaClip, GradientClipping, NormClip, ValueClip
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "training" / "stalls.csv"
-STALL = "less than half of their movement: of 'small'"
+NAMES = ("large.weight", "small.weight")
+STALL = "less than half of their movement: of 'small.weight'"
 
 
 class Pair:
@@ -27,7 +26,7 @@ class Pair:
     def __init__(self, method: Any, kind: Any = AdamW, **options: Any) -> None:
         self.params = [Parameter(torch.zeros(16)) for _ in range(2)]
         self.optimizer: Optimizer = kind(self.params, lr=1e-3, **options)
-        self.clipper = Clipper(zip(("large", "small"), self.params, strict=True), method, optimizer=self.optimizer)
+        self.clipper = Clipper(zip(NAMES, self.params, strict=True), method, optimizer=self.optimizer)
 
     def step(self, large: float, small: float, *, looks: bool = False) -> dict[str, float]:
         for parameter, size in zip(self.params, (large, small), strict=True):
@@ -44,14 +43,15 @@ def stalled(method: Any, kind: Any = AdamW, **options: Any) -> float | None:
     return pair.step(1e6, 1e-2, looks=True).get("stalled")
 
 
-@pytest.mark.parametrize("kind", [AdamW, RAdam, RMSprop, Adagrad])
+@pytest.mark.parametrize("kind", [AdamW, RAdam, RMSprop])
 def test_a_small_layer_beside_a_large_one(kind: Any) -> None:
     with pytest.warns(RuntimeWarning, match=STALL) as said:
         assert stalled(NormClip(max_norm=1.0), kind) == 0.5
     [text] = [str(one.message) for one in said]
-    eps = kind([Parameter(torch.zeros(1))]).param_groups[0]["eps"]
-    for part in (kind.__name__, "2.5e-09", "instead of 0.0025", f"eps={eps:g}", "per='layer'", "norm of 1e+06"):
-        assert part in text or (kind is not AdamW and part == "2.5e-09")
+    for part in (f"{kind.__name__} is given gradients of ", "beside its eps=", "per='layer'", "joint norm of 1e+06"):
+        assert part in text
+    if kind is AdamW:
+        assert "2.5e-09 (root mean square) instead of 0.0025, and cannot feel them beside its eps=1e-08" in text
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_a_dropped_or_observed_step_would_be_is_not_counted() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "dropped optimizer step")
             pair.clipper = Clipper(
-                zip(("large", "small"), pair.params, strict=True),
+                zip(NAMES, pair.params, strict=True),
                 NormClip(max_norm=1.0),
                 optimizer=pair.optimizer,
                 action=action,
@@ -147,7 +147,7 @@ def test_a_trainer_logs_it_and_warns(tmp_path: Path) -> None:
         for _ in range(8)
     ]
     logger = CSVLogger(tmp_path)
-    with pytest.warns(RuntimeWarning, match="'head.weight' Adam is given") as said:
+    with pytest.warns(RuntimeWarning, match="'head.[a-z]+' Adam is given") as said:
         boring.fit(module, batches, GradientClipping(NormClip(max_norm=1.0)), logger=logger, log_every_n_steps=4)
     assert sum("movement" in str(one.message) for one in said) == 1
     found = [row["gradclip/stalled"] for _, row in boring.csv_rows(logger)]
@@ -161,14 +161,15 @@ def test_ranks_that_hold_pieces_find_the_same() -> None:
         optimizer = AdamW(module.parameters(), lr=0.0)
         clipper = Clipper(module, NormClip(max_norm=1e-6), optimizer=optimizer)
         x = torch.linspace(-1, 1, 4 * layouts.WIDTHS["features"]).view(1, 4, -1)
-        for step in range(3):
-            optimizer.zero_grad()
-            module(x).square().sum().backward()
-            clipper.step(detailed=step == 2)
-            optimizer.step()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            return clipper.metrics()["stalled"], "".join(str(one.message) for one in said)
+            for step in range(3):
+                optimizer.zero_grad()
+                module(x).square().sum().backward()
+                clipper.step(detailed=step == 2)
+                optimizer.step()
+            stalled = clipper.metrics()["stalled"]
+        return stalled, "".join(text for one in said if "movement" in (text := str(one.message)))
 
     def work(rank: int) -> Any:
         return steps(layouts.spread("fsdp2", layouts.net()))
