@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_gradclip import checks
@@ -16,12 +15,14 @@ from lightning_gradclip.act.policy import REQUIRED, Options
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
 from lightning_gradclip.trainer.record import Recorder, history_opening
+from lightning_gradclip.trainer.watch import Watch
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -124,14 +125,30 @@ class GradientClipping(KnownArguments, Callback):
             self._handover = Handover(trainer, self._options)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._watch is not None:
+            self._watch.close()
         if self._handover is not None:
             self._handover.take_back()
             self._handover = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        conflicts.refuse_unknown(self.optimizer, len(trainer.optimizers))
+        if self._handover is not None:
+            return
+        mine = self._served(trainer, pl_module)
+        callbacks = cast("list[Any]", trainer.callbacks)  # type: ignore[attr-defined]
+        for one in callbacks[: callbacks.index(self)] if self._options.policy.writes else ():
+            if isinstance(one, GradientClipping) and one._options.policy.writes:
+                theirs = one._served(trainer, pl_module)
+                one._disclaimed |= conflicts.warn_of_overlap(one.name, self.name, theirs, mine)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         count = len(trainer.optimizers)
         several = count > 1 and self.optimizer is None
-        conflicts.refuse_unknown(self.optimizer, count)
+        if self._handover is None:
+            conflicts.refuse_second_clipping(trainer, pl_module, self, self._options)
+            served = self._served(trainer, pl_module)
+            self._watch = Watch(trainer, pl_module, self, served, self._disclaimed, self._options)
         self._clippers.expect(count)
         self._publisher = self._publishing(several=several)
         opening = history_opening(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
@@ -151,7 +168,6 @@ class GradientClipping(KnownArguments, Callback):
         self._had_backward = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._saw_step = True
         if self._delegated is not None:
             return
         index = lightning.position(trainer, optimizer)
@@ -169,9 +185,12 @@ class GradientClipping(KnownArguments, Callback):
             clipper = self._clipper(trainer, pl_module, optimizer, index)
         self._last_batch = lightning.batches(trainer)
         detailed = lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
+        taken = clipper.steps
         clipper.step(scaler, at=self._recorder.step, detailed=detailed)
         if clipper.has_news:
             self._recorder.open(index)
+        if self._watch is not None and self._watch.on:
+            self._watch.saw(index, clipper, acted=clipper.steps > taken)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -183,6 +202,8 @@ class GradientClipping(KnownArguments, Callback):
             norms = self._recorder.take_norms()
             if self._logs:
                 self._publisher.publish(trainer, self._clippers, lightning.batches(trainer), norms)
+            if self._watch is not None:
+                self._watch.look_again(lightning.batches(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints and early stopping may look at the end of validation, before the next log event.
@@ -192,14 +213,14 @@ class GradientClipping(KnownArguments, Callback):
     on_train_epoch_end = on_validation_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._batches and not self._saw_step and not pl_module.automatic_optimization:
-            rank_zero_warn(
-                f"{type(self).__name__} saw no optimizer step in {self._batches} batches, so nothing was clipped; "
-                "under manual optimization step the optimizers that self.optimizers() returns"
-            )
+        if self._watch is not None:
+            self._watch.conclude(self._batches)
+            self._watch.close()
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._watch is not None:
+            self._watch.close()
         # The steps that led here; after other errors the device may not answer any more.
         if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             self._finish(trainer)
@@ -222,15 +243,22 @@ class GradientClipping(KnownArguments, Callback):
         self._publisher = self._publishing(several=False)
         # Keeps the norms of a checkpoint until that of the fit takes over.
         self._recorder = Recorder(self._clippers, None, histograms=True)
-        self._saw_step, self._batches = False, 0
+        self._watch: Watch | None = None
+        # Of which optimizers others write the gradients after this callback.
+        self._disclaimed: set[int] = set()
+        self._batches = 0
+
+    def _served(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, Selection]:
+        return conflicts.served(trainer, pl_module, self._options, self.optimizer)
 
     def _publishing(self, *, several: bool) -> Publisher:
         return Publisher(self.name, every=self.log_every_n_steps, prog_bar=self.prog_bar, several=several)
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
-        # The root of FSDP is a wrapper around the module.
-        model = trainer.strategy.model if lightning.is_any(trainer.strategy, "FSDPStrategy") else pl_module
-        clipper = Clipper.with_options(model or pl_module, optimizer, self._options, self._recorder.readers(index))
+        model = lightning.whole_model(trainer, pl_module)
+        clipper = Clipper.with_options(model, optimizer, self._options, self._recorder.readers(index))
+        if index in self._disclaimed:
+            clipper.disclaim()
         before = self._clippers.get(index)
         if isinstance(before, Clipper):
             # The module replaced its optimizer in mid-training: what was learned and counted goes on.

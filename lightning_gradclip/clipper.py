@@ -179,6 +179,16 @@ class Clipper(Recorded):
         return super().peek() | self._felt()
 
     @property
+    def steps(self) -> int:
+        """Steps in which some parameter had a gradient, those before a restart included."""
+        return self._steps
+
+    @property
+    def selection(self) -> Selection:
+        """The parameters that were served last."""
+        return self._selection
+
+    @property
     def serves_any(self) -> bool:
         """Whether the patterns admit any parameter of the optimizer."""
         return bool(self._selection.params)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act import skips
-from lightning_gradclip.act.fold import Fold
+from lightning_gradclip.act.fold import Fold, require_all
 from lightning_gradclip.act.policy import Policy
 from lightning_gradclip.act.skips import Skips
 from lightning_gradclip.gradients import ranks, read, write
@@ -43,7 +43,7 @@ class Actor:
         """Take over the parameters of this selection."""
         self._selection = selection
         if self._fold is not None:
-            self._fold.require_all(selection)
+            require_all(selection)
 
     def act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
         """Guard, write and learn. Only a host row can stop or change what happens next.

@@ -28,17 +28,8 @@ class Fold:
         # Wrappers such as Fabric's keep attributes to themselves.
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
         self._handed = self._scaled = False
-        self._require_fused()
+        require_fused(self._optimizer)
         self._optimizer.register_step_post_hook(self._take_back)
-
-    def require_all(self, selection: Selection) -> None:
-        """Refuse patterns that leave out a parameter: the optimizer would divide its gradient as well."""
-        chosen = set(map(id, selection.params))
-        if left := sum(id(parameter) not in chosen for parameter in selection.owned):
-            raise ValueError(
-                f"fold=True scales all gradients of the optimizer, but include and exclude leave out {left} of its "
-                f"{len(selection.owned)} parameters; use fold=False, or admit all"
-            )
 
     def can_leave_out(self, *, alike: bool) -> bool:
         """Whether a step that the optimizer leaves out changes nothing.
@@ -59,7 +50,7 @@ class Fold:
 
         `drops`, 0-d, else 0, does not count where a GradScaler steps the optimizer: it decides by itself.
         """
-        self._require_fused()
+        require_fused(self._optimizer)
         if getattr(self._optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 f"{type(self._optimizer).__name__}.grad_scale is set already, so another clipper has handed this "
@@ -90,11 +81,22 @@ class Fold:
         else:
             self.withdraw()
 
-    def _require_fused(self) -> None:
-        name = type(self._optimizer).__name__
-        supported = getattr(self._optimizer, "_step_supports_amp_scaling", False)
-        if not supported or not all(group.get("fused") for group in self._optimizer.param_groups):
-            raise ValueError(
-                f"fold=True hands the coefficient to a fused optimizer, but {name} would ignore it; use "
-                "torch.optim.Adam, AdamW, SGD or Adagrad with fused=True, or fold=False, which writes the gradients"
-            )
+
+def require_fused(optimizer: Any) -> None:
+    """Refuse an optimizer that would ignore a coefficient."""
+    supported = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if not supported or not all(group.get("fused") for group in optimizer.param_groups):
+        raise ValueError(
+            f"fold=True hands the coefficient to a fused optimizer, but {type(optimizer).__name__} would ignore it; "
+            "use torch.optim.Adam, AdamW, SGD or Adagrad with fused=True, or fold=False, which writes the gradients"
+        )
+
+
+def require_all(selection: Selection) -> None:
+    """Refuse patterns that leave out a parameter: the optimizer would divide its gradient as well."""
+    chosen = set(map(id, selection.params))
+    if left := sum(id(parameter) not in chosen for parameter in selection.owned):
+        raise ValueError(
+            f"fold=True scales all gradients of the optimizer, but include and exclude leave out {left} of its "
+            f"{len(selection.owned)} parameters; use fold=False, or admit all"
+        )

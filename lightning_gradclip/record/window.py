@@ -59,6 +59,11 @@ class Window:
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
         self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
+        self._disclaimed = False
+
+    def disclaim(self) -> None:
+        """Say of no step any more, those not yet told included, which norm the optimizer received."""
+        self._disclaimed = True
 
     def add(self, step: int, row: Row | Tensor, scopes: tuple[str, ...] = (), norms: Tensor | None = None) -> None:
         """Record one step by its number, for the readers, its row, and norms of the measured scopes, `(S,)`.
@@ -88,6 +93,8 @@ class Window:
         self._count_seen += len(packed.rows)
         if packed.scopes:
             self._norms_seen.append(packed.norms)
+        if self._disclaimed and self._readers:
+            packed = packed._replace(rows=_without(packed.rows, "norm_clipped"))
         for reader in self._readers:
             reader(packed)
 
@@ -98,6 +105,8 @@ class Window:
         """
         self._fold()
         result = self._aggregate.compute() if self._aggregate.update_called else {}
+        if self._disclaimed:
+            result.pop("norm_clipped", None)
         result.update((name, count) for name, count in self._since_start.items() if count or name != "overflows")
         result.update((f"norm/{name}", total / count) for name, (total, count) in self._by_scope.items() if count)
         return result
@@ -198,6 +207,10 @@ class Recorded:
         """Tell all readers of the steps that they have not seen."""
         self._window.look()
 
+    def disclaim(self) -> None:
+        """Leave out from now on the norm that the optimizer received, since somebody else writes gradients too."""
+        self._window.disclaim()
+
     def metrics(self) -> dict[str, float]:
         """The window since the last call, aggregated over all its steps, and cleared."""
         result = self._window.compute()
@@ -289,6 +302,12 @@ def _fetched(rows: Sequence[Row | Tensor], norms: Sequence[Tensor]) -> tuple[Num
     parts.insert(0, torch.stack([row if isinstance(row, Tensor) else first.new_tensor(row) for row in rows]))
     whole = _on_host(torch.cat([part.to(parts[0]) for part in parts], 1))
     return whole[:, : len(Row._fields)], whole[:, len(Row._fields) :]
+
+
+def _without(rows: Numbers, field: str) -> Numbers:
+    rows = rows.copy()
+    rows[:, Row._fields.index(field)] = math.nan
+    return rows
 
 
 def _on_host(matrix: Tensor) -> Numbers:

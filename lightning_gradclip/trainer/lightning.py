@@ -5,8 +5,9 @@ application that has imported only the second is given that one, and spared the 
 """
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
@@ -19,7 +20,7 @@ else:
     from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 __all__ = ["Callback", "LightningModule", "Logger", "MisconfigurationException", "TensorBoardLogger", "Trainer"]
-__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "position"]
+__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "position", "whole_model"]
 
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
@@ -57,6 +58,19 @@ def _ends_now(trainer: Trainer, *, with_next_step: bool) -> bool:
     return trainer.is_last_batch and epochs is not None and epochs != -1 and trainer.current_epoch + 1 >= epochs
 
 
-def is_any(strategy: object, *names: str) -> bool:
-    """Whether the strategy is of one of these classes; by name, so that those of pytorch_lightning are known too."""
-    return not {base.__name__ for base in type(strategy).__mro__}.isdisjoint(names)
+def is_any(thing: object, *names: str) -> bool:
+    """Whether it is of one of these classes; by name, so that those of pytorch_lightning are known too."""
+    return not {base.__name__ for base in type(thing).__mro__}.isdisjoint(names)
+
+
+def overrides(owner: LightningModule | Callback, hook: str) -> bool:
+    """Whether a module or a callback of either package has a hook of its own."""
+    found: Any = getattr(owner, hook)
+    package, _, _ = getattr(found, "__module__", "").partition(".")
+    inherited = (f"LightningModule.{hook}", f"Callback.{hook}", f"ModelHooks.{hook}")
+    return package not in ("lightning", "pytorch_lightning") or found.__qualname__ not in inherited
+
+
+def whole_model(trainer: Trainer, module: LightningModule) -> nn.Module:
+    """What holds all parameters under their names: the root of FSDP is a wrapper around the module."""
+    return (trainer.strategy.model if is_any(trainer.strategy, "FSDPStrategy") else None) or module

@@ -662,6 +662,7 @@ class TestTrainer:
         with pytest.raises(ValueError, match=r"fold=True .* would ignore it"):
             fit(Regression(make), regression_data(2), clipping(fold=True))
 
+    @pytest.mark.filterwarnings("ignore:two callbacks clip the same parameters")
     def test_two_callbacks_cannot_both_fold(self) -> None:
         with pytest.raises(RuntimeError, match="another clipper has handed this optimizer a coefficient"):
             fit(

@@ -23,7 +23,11 @@ from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormC
 from lightning_gradclip.gradients.ranks import settled
 from lightning_gradclip.select.layout import local
 
-pytestmark = pytest.mark.distributed
+# Many methods clip the same gradients, each from the start.
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:two callbacks clip the same parameters", "ignore:after GradientClipping"),
+]
 
 STEPS = 4
 README = (ROOT / "README.md").read_text(encoding="utf-8")

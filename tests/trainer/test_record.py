@@ -98,13 +98,14 @@ def test_several_steps_of_a_batch_share_its_number(tmp_path: Path, every: int) -
 
 def test_each_optimizer_has_its_own_history(tmp_path: Path) -> None:
     given = list(zip(gradients(9, seed=1), gradients(9, seed=2), strict=True))
-    fit(Adversaries(), given, clipping(tmp_path / "both"), clipping(tmp_path / "one", name="one", optimizer=1))
+    watching = clipping(tmp_path / "one", name="one", optimizer=1, action="observe")
+    fit(Adversaries(), given, clipping(tmp_path / "both"), watching)
     for index, names in enumerate((ENCODER, HEAD)):
         folder = tmp_path / "both" / str(index)
         assert_recorded(folder, [[norm(pair[index], names)] for pair in given])
         assert History(folder).meta["optimizer"] == index
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["0", "1"]
-    # Both optimizers step in each batch, and the second callback serves the second only.
+    # Both optimizers step in each batch, and the second callback sees the second only, clipped.
     clipped = [min(norm(pair[1], HEAD), LIMIT) for pair in given]
     assert History(tmp_path / "one").steps["norm"] == pytest.approx(clipped, rel=1e-5)
     assert History(tmp_path / "one").meta["optimizer"] == 1
@@ -347,7 +348,8 @@ def test_nothing_is_left_where_nothing_was_trained(tmp_path: Path) -> None:
     class Idle(Prescribed):
         def training_step(self, batch: Any, batch_idx: int) -> None: ...
 
-    fit(Idle(), given, clipping(True), **options)
+    with pytest.warns(UserWarning, match="clipped nothing in 4 steps"):
+        fit(Idle(), given, clipping(True), **options)
     fit(Prescribed(), given, clipping(True), limit_train_batches=0, **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -565,6 +567,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, where
         assert History(folder).steps["step"].tolist() == [*range(15)]
 
 
+@pytest.mark.filterwarnings("ignore:two callbacks clip the same parameters")
 def test_two_callbacks_cannot_share_a_folder(tmp_path: Path) -> None:
     both = clipping(tmp_path / "it"), clipping(os.path.join(tmp_path, "x", "..", "it"), name="other")
     with pytest.raises(MisconfigurationException, match=r"two callbacks would write their histories to .*; give each"):
