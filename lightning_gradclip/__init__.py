@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     # The only list of public names: type checkers read it as imports, the rest of this file as text.
     from lightning_gradclip.callback import GradientClipping as GradientClipping
     from lightning_gradclip.clipper import Clipper as Clipper
+    from lightning_gradclip.loops.attach import Attached as Attached
+    from lightning_gradclip.loops.attach import attach as attach
     from lightning_gradclip.methods.agc import AGC as AGC
     from lightning_gradclip.methods.ema import EmaClip as EmaClip
     from lightning_gradclip.methods.method import ClipMethod as ClipMethod
