@@ -1,9 +1,14 @@
 """Clipping in a loop of Hugging Face Accelerate: one call in place of `accelerator.clip_grad_norm_`."""
 
+# Accelerate is not installed where types are checked.
+# pyright: reportMissingImports=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
+
 from collections.abc import Iterable
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler

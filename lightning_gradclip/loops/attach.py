@@ -67,7 +67,7 @@ class Attached(Clipper):
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = next(iter(args[1:]), kwargs.get("closure"))
         if closure is None:
             self._clip(optimizer)
             return None

@@ -1,5 +1,9 @@
 """Clipping in the Trainer of Hugging Face Transformers, by a callback."""
 
+# Transformers is not installed where types are checked.
+# pyright: reportMissingImports=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
+
 import base64
 import dataclasses
 import importlib
@@ -228,7 +232,7 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, Mapping):
-        if value.keys() == {"dtype", "shape", "data"}:
+        if set(value) == {"dtype", "shape", "data"}:
             entries = np.frombuffer(base64.b64decode(value["data"]), dtype=value["dtype"])
             return torch.from_numpy(entries.reshape(value["shape"]).copy())
         return {key: _decoded(one) for key, one in value.items()}

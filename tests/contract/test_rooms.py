@@ -100,7 +100,7 @@ ADDED = {
     ),
     "many at once": ("limit/units.py", "def f(some):\n    torch._foreach_mul_(some, 2)", "changes torch in place"),
     "a view of it": ("limit/units.py", "def f(g):\n    one = g.view(-1)\n    one.zero_()", "changes one in place"),
-    "a new room": ("loops/attach.py", "import torch", "loops/ is in no room; give it a row in the table of rooms"),
+    "a new room": ("rooftop/view.py", "import torch", "rooftop/ is in no room; give it a row in the table of rooms"),
     "a room without doors": ("trainer/new/__init__.py", '"""Something."""', "does not say which doors the room has"),
     "a door that is not there": (
         "trainer/new/__init__.py",
