@@ -14,6 +14,7 @@ from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.policy import REQUIRED, Options
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
+from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.trainer import conflicts, lightning
@@ -56,6 +57,9 @@ class GradientClipping(KnownArguments, Callback):
             TensorBoard and Weights & Biases.
         fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
             the gradients, which then stay unclipped for hooks that come later; for methods with per="model".
+        process_group: The ranks over which different parameters are held, such as the stages of a pipeline or local
+            experts, whose norms are to be one: the name of a dimension of the mesh that the module or its parameters
+            lie on, or a ProcessGroup or DeviceMesh. None: ranks hold the same parameters, or pieces of them.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -82,10 +86,21 @@ class GradientClipping(KnownArguments, Callback):
         history: bool | str | os.PathLike[str] = False,
         histograms: bool = False,
         fold: bool = False,
+        process_group: Any = None,
     ) -> None:
         self._options = Options(
-            method, action, nonfinite, max_consecutive_skips, include, exclude, measure_per=measure_per, fold=fold
+            method,
+            action,
+            nonfinite,
+            max_consecutive_skips,
+            include,
+            exclude,
+            measure_per=measure_per,
+            fold=fold,
+            process_group=process_group,
         )
+        if not isinstance(process_group, str):
+            ranks.members(process_group)
         if optimizer is not None:
             checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
         if log_every_n_steps is not None:
@@ -256,7 +271,10 @@ class GradientClipping(KnownArguments, Callback):
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         model = lightning.whole_model(trainer, pl_module)
-        clipper = Clipper.with_options(model, optimizer, self._options, self._recorder.readers(index))
+        options, group = self._options, self._options.process_group
+        if isinstance(group, str):
+            options = replace(options, process_group=lightning.part_of_mesh(group, pl_module, optimizer))
+        clipper = Clipper.with_options(model, optimizer, options, self._recorder.readers(index))
         if index in self._disclaimed:
             clipper.disclaim()
         before = self._clippers.get(index)

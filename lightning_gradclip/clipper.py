@@ -15,7 +15,8 @@ from lightning_gradclip.act.fold import Fold
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
 from lightning_gradclip.act.stalls import Stalls
-from lightning_gradclip.gradients import ranks, read, write
+from lightning_gradclip.gradients import ranks, read, reduce, write
+from lightning_gradclip.gradients.watch import Watch
 from lightning_gradclip.limit.entries import EntryLimiter
 from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
 from lightning_gradclip.limit.units import UnitLimiter
@@ -50,12 +51,16 @@ class Clipper(Recorded):
         fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
             the gradients, which then stay unclipped for hooks that come later; for methods with per="model". Only the
             next `optimizer.step()` uses it.
+        process_group: The ranks over which different parameters are held, such as the stages of a pipeline or local
+            experts, whose norms are to be one: a ProcessGroup or a DeviceMesh, such as `mesh["pp"]`. Every rank then
+            clips by the same factor. None: ranks hold the same parameters, or pieces of them.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range, a pattern matches no parameter, or FSDP has cut or joined
             what the method wants to tell apart.
-        RuntimeError: If ranks that hold pieces of the same model serve different parameters.
+        RuntimeError: If ranks that hold pieces of the same model serve different parameters, or clip by different
+            settings.
     """
 
     def __init__(
@@ -71,9 +76,18 @@ class Clipper(Recorded):
         exclude: str | Sequence[str] = (),
         measure_per: str | None = None,
         fold: bool = False,
+        process_group: Any = None,
     ) -> None:
         options = Options(
-            method, action, nonfinite, max_consecutive_skips, include, exclude, measure_per=measure_per, fold=fold
+            method,
+            action,
+            nonfinite,
+            max_consecutive_skips,
+            include,
+            exclude,
+            measure_per=measure_per,
+            fold=fold,
+            process_group=process_group,
         )
         self._serve(named_parameters, optimizer, options, ())
 
@@ -103,7 +117,10 @@ class Clipper(Recorded):
         self._writes = self._policy.writes
         self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
         self._limiter = _LIMITERS.get(own.per, ScopeLimiter)(own, options.measure_per)
-        self._names = Names(named_parameters, options.include, options.exclude)
+        self._apart = ranks.members(options.process_group)
+        self._settings = options.settings() | {"process_group": f"{len(self._apart or ())} ranks"}
+        self._watch: Watch | None = Watch(self._settings)
+        self._names = Names(named_parameters, options.include, options.exclude, complete=self._apart is None)
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
@@ -135,6 +152,7 @@ class Clipper(Recorded):
             ValueError: If a scaler is given and the clipper has no optimizer.
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
                 `max_consecutive_skips` steps in a row were dropped without a GradScaler.
+            RuntimeError: If ranks have different gradients of what they hold under one name.
         """
         looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed
         detailed = self.detailed if detailed is None else detailed
@@ -149,8 +167,13 @@ class Clipper(Recorded):
                 write.settle_(self._selection.params)
             gradients = read.gradients_of(self._selection, settled=self._writes)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
-            if self._reducer is None and all(gradient is None for gradient in gradients):
-                return StepStats.of_nothing(self._limiter.scopes)
+            if self._reducer is None:
+                if all(gradient is None for gradient in gradients):
+                    return StepStats.of_nothing(self._limiter.scopes)
+                if self._watch is not None and self._watch.look(self._selection.names, gradients):
+                    self._watch = None
+            elif self._reducer.in_doubt and self._reducer.prove(gradients):
+                self._limiter.serve(self._selection, self._reducer)
             outcome = self._limiter.judge(gradients, self._steps, scale, on_host=on_host, detailed=detailed)
             if outcome.nothing:
                 return StepStats.of_nothing(self._limiter.scopes)
@@ -221,8 +244,10 @@ class Clipper(Recorded):
     def _select(self) -> None:
         self._selection: Selection = self._names.select(self._optimizer)
         self._actor.serve(self._selection)
-        self._reducer = ranks.reducer_for(self._selection)
+        self._reducer = reduce.reducer_for(self._selection, self._settings, self._apart, self._names.unmatched)
         self._limiter.serve(self._selection, self._reducer)
+        if self._reducer is not None:
+            self._watch = None
         if self._stalls is not None:
             self._stalls.serve(self._selection, self._reducer)
 

@@ -125,4 +125,4 @@ class Actor:
     def _culprits(self) -> str:
         gradients = read.gradients_of(self._selection, settled=self._writes)
         bad = [gradient is not None and not read.is_finite(gradient) for gradient in gradients]
-        return skips.offenders(self._selection.names, self._limiter.anywhere(bad))
+        return skips.offenders(self._limiter.served.names, self._limiter.anywhere(bad))

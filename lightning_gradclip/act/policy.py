@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 
 ACTIONS = ("clip", "skip", "observe")
 MEASURES = ("group", "layer", "parameter")
+# Whose representation tells all about them, and the same everywhere.
+_PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 NONFINITE = ("skip", "zero", "raise", "ignore")
 
 
@@ -104,6 +107,7 @@ class Options:
     exclude: str | Sequence[str] = ()
     measure_per: str | None = None
     fold: bool = False
+    process_group: Any = None
     policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +120,15 @@ class Options:
         include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
         # Frozen for everybody else.
         vars(self).update(policy=policy, include=include, exclude=exclude)
+
+    def settings(self) -> dict[str, str]:
+        """What has to be the same on all ranks, by name, in words that do not depend on the rank."""
+        method = self.method
+        words = {"method": "None" if method is None else type(method).__name__}
+        given = {} if method is None else {name: one for name, one in vars(method).items() if name != "state"}
+        names = ("action", "nonfinite", "max_consecutive_skips", "include", "exclude", "measure_per", "fold")
+        given |= {name: getattr(self, name) for name in names} | vars(self.policy)
+        return words | {name: repr(one) for name, one in given.items() if isinstance(one, _PLAIN)}
 
 
 def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:

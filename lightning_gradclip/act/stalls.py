@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from lightning_gradclip.gradients import ranks
 from lightning_gradclip.gradients.moments import felt_beside, keeps_any, moments_of, numbers_on, ripeness
 from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.ranks import Reducer, reduced
 from lightning_gradclip.gradients.read import Meter
+from lightning_gradclip.gradients.reduce import Reducer, reduced
 from lightning_gradclip.methods.ema import EmaClip
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.record.step import Row
@@ -80,9 +80,10 @@ class Stalls:
         sums = self._squares.each([None if one is None else one.square for one in moments]).to(now)
         ripe = ripeness(moments, now)
         known = reduced(self._reducer, gradients, [now / scale, (sums / ripe).sqrt()], 2.0)
-        counts = self._counts()
-        counts = numbers_on(counts, known.norms[0].device, known.norms[0].dtype).sqrt()
-        fresh, given = known.norms[0] / counts, known.norms[1] / counts
+        # Where ranks serve different parameters, each looks at its own.
+        fresh, given = known.norms if self._reducer is None else map(self._reducer.own, known.norms)
+        counts = numbers_on(self._counts(), fresh.device, fresh.dtype).sqrt()
+        fresh, given = fresh / counts, given / counts
         norm, after, limit = (row[Row._fields.index(name)] for name in ("norm", "norm_clipped", "limit"))
         clipped = fresh * (after / norm)
         # Of what is smaller float32 squares keep nothing.
@@ -106,7 +107,7 @@ class Stalls:
 
     def _counts(self) -> tuple[float, ...]:
         if self._reducer is not None:
-            return tuple(float(max(1, one)) for one in self._reducer.numels)
+            return tuple(float(max(1, one)) for one in self._reducer.here(self._reducer.numels))
         return tuple(float(max(1, one.numel())) for one in self._selection.params)
 
     def _warn(self, seen: "_Seen", lost: int, worst: int) -> None:

@@ -40,6 +40,24 @@ def is_finite(gradient: Tensor) -> bool:
     return bool(torch.isfinite(norms.dense_values(gradient)).all())
 
 
+def fingerprints(tensors: Tensors) -> Tensor:
+    """Norm and sum of each tensor, zeros for None, by which copies are known, `(len(tensors), 2)`, float64 or as wide.
+
+    Each is read twice, which is for what is done once.
+    """
+    device = norms.home(tensors)
+    wide = norms.widest(device)
+    found = torch.zeros(len(tensors), 2, dtype=wide, device=device)
+    for place, tensor in enumerate(tensors):
+        if tensor is not None and tensor.numel() and not tensor.is_meta:
+            values = norms.dense_values(tensor.detach())
+            values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+            here = norms.widest(values.device)
+            found[place, 0] = torch.linalg.vector_norm(values, dtype=here)
+            found[place, 1] = values.sum(dtype=here)
+    return found
+
+
 class Meter:
     """Measures the same list of tensors, of any dtype, shape, layout and device, at every step.
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import entries, norms
 from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.ranks import reduced
 from lightning_gradclip.gradients.read import Meter, exact_norms
+from lightning_gradclip.gradients.reduce import reduced
 from lightning_gradclip.gradients.write import Clamp
 from lightning_gradclip.limit.limiter import Limiter, Outcome, read_row
 from lightning_gradclip.record.step import row_of
@@ -20,15 +20,15 @@ from lightning_gradclip.select.scopes import Scopes
 class EntryLimiter(Limiter):
     """Runs a method over single entries. The one size is the joint norm, the one limit the upper bound."""
 
-    def _serve(self, selection: Selection) -> Scopes:
-        for name, parameter in zip(selection.names, selection.params, strict=True):
+    def _serve(self, served: Selection) -> Scopes:
+        for name, parameter in zip(served.names, served.params, strict=True):
             if parameter.is_complex():
                 raise TypeError(
                     f"parameter {name!r} is complex, and complex numbers have no order to clamp by; "
                     f"leave it out with exclude={name!r}, or clip it by norm"
                 )
         self._meter = Meter(self._method.norm_type)
-        return selection.scopes(self._method.per)
+        return served.scopes(self._method.per)
 
     def judge(
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import norms
 from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.ranks import Reduced, Reducer, reduced
 from lightning_gradclip.gradients.read import Meter, exact_norms
+from lightning_gradclip.gradients.reduce import Reduced, Reducer, reduced
 from lightning_gradclip.gradients.write import Change, Clamp, Scale, ScaleAll
 from lightning_gradclip.limit.learned import Learned
 from lightning_gradclip.methods.method import ClipMethod, coefs_of
@@ -73,11 +73,13 @@ class Limiter(ABC):
 
     Attributes:
         learned: The method and what it has learned.
+        served: The parameters that are limited, on whichever ranks they are.
         scopes: Where the method measures.
         measured: The scopes that `measure_per` asked for.
         adaptive: Whether there is anything to learn.
     """
 
+    served: Selection
     scopes: Scopes | Units
     measured: Scopes | None
 
@@ -91,12 +93,13 @@ class Limiter(ABC):
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         """Take over these parameters; a reducer joins what the ranks know of them, where ranks hold pieces."""
         self._params, self._reducer, self._seen = selection.params, reducer, None
-        self.measured = selection.scopes(self._measure_per) if self._measure_per else None
-        self.scopes = self._serve(selection)
+        self.served = selection if reducer is None else reducer.everything
+        self.measured = self.served.scopes(self._measure_per) if self._measure_per else None
+        self.scopes = self._serve(self.served)
 
     @abstractmethod
-    def _serve(self, selection: Selection) -> Scopes | Units:
-        """The scopes of the method among these parameters."""
+    def _serve(self, served: Selection) -> Scopes | Units:
+        """The scopes of the method among the parameters of all ranks."""
 
     @abstractmethod
     def judge(
@@ -120,7 +123,7 @@ class Limiter(ABC):
 
     @final
     def anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
-        """For each parameter whether the flag is up on some rank; all ranks ask together."""
+        """For each parameter that is served whether its flag is up on some rank; all ranks ask together."""
         return flags if self._reducer is None else self._reducer.anywhere(flags)
 
     @final
@@ -160,6 +163,8 @@ class Limiter(ABC):
     @final
     def _home(self) -> torch.device:
         """Where numbers belong, whichever gradients there are in a step; modules move as a whole."""
+        if self._reducer is not None:
+            return self._reducer.device
         first = self._params[0].device if self._params else norms.CPU
         if first != self._seen:
             self._seen, self._found = first, norms.home(self._params)
@@ -212,8 +217,9 @@ class ScopeLimiter(Limiter):
         self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
         self.takes_floats = method.takes_floats and method.per == "model"
 
-    def _serve(self, selection: Selection) -> Scopes:
-        self._scopes = selection.scopes(self._method.per)
+    def _serve(self, served: Selection) -> Scopes:
+        self._scopes = served.scopes(self._method.per)
+        self._here = self._scopes.index if self._reducer is None else self._reducer.here(self._scopes.index)
         return self._scopes
 
     def judge(
@@ -230,7 +236,7 @@ class ScopeLimiter(Limiter):
         return outcome
 
     def _change(self, coefs: Tensor) -> Change:
-        return ScaleAll(coefs) if len(coefs) == 1 else Scale(coefs, self._scopes.index)
+        return ScaleAll(coefs) if len(coefs) == 1 else Scale(coefs, self._here)
 
     def _sizes(self, gradients: Tensors, local: Tensor, scale: float | Tensor) -> Sizes:
         method, p = self._method, self._method.norm_type

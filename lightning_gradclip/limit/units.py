@@ -1,5 +1,6 @@
 """Output units as scopes: a limit for each slice of a weight along dim 0."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import norms
 from lightning_gradclip.gradients.norms import Tensors
-from lightning_gradclip.gradients.ranks import Reduced, reduced
+from lightning_gradclip.gradients.reduce import Reduced, reduced
 from lightning_gradclip.gradients.units import UnitMeter
 from lightning_gradclip.gradients.write import ScaleUnits
 from lightning_gradclip.limit.limiter import Limiter, Outcome, Sizes
@@ -30,11 +31,12 @@ class UnitLimiter(Limiter):
             outcome = self._limited(sizes, step, self._change, on_host=on_host)
         return outcome
 
-    def _serve(self, selection: Selection) -> Units:
-        self._units = self._held_units = selection.units()
+    def _serve(self, served: Selection) -> Units:
+        self._units = self._held_units = served.units()
         if self._reducer is not None:
-            self._held_units = Units(selection.names, tuple(map(layout.local, selection.params)))
-            self._places = {torch.device("cpu"): _places(self._units)}
+            here = self._reducer.here(range(len(served.params)))
+            self._held_units = Units(tuple(served.names[i] for i in here), tuple(map(layout.local, self._params)))
+            self._places = {torch.device("cpu"): _places(self._units, here)}
         p = self._method.norm_type
         self._of_gradients, self._of_weights = UnitMeter(self._held_units, p), UnitMeter(self._held_units, p)
         return self._units
@@ -56,7 +58,7 @@ class UnitLimiter(Limiter):
         measured = None
         if self.measured is not None:
             wide = each.to(norms.widest(each.device))
-            of_parameters = norms.grouped_norms(wide, self._units.index_on(each.device), len(self._params), p)
+            of_parameters = norms.grouped_norms(wide, self._units.index_on(each.device), len(self.served.params), p)
             measured = self._measured_norms(gradients, known, of_parameters)
         joint = each[0].to(norms.widest(each.device)) if len(each) == 1 else norms.joint_norm(each, p)
         return Sizes(each, joint, sizes, known.norms[1] if method.needs_weight else None, measured, known.nothing)
@@ -65,7 +67,7 @@ class UnitLimiter(Limiter):
         """The same in a dtype that does not depend on which gradients a rank happens to have."""
         if self._reducer is None:
             return found
-        kinds = {norms.accumulator(one.dtype, self._method.norm_type) or one.dtype for one in self._params}
+        kinds = {norms.accumulator(one.dtype, self._method.norm_type) or one.dtype for one in self.served.params}
         usual = torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
         absent = all(gradient is None for gradient in gradients)
         return found.to(usual if absent else torch.promote_types(found.dtype, usual))
@@ -91,17 +93,18 @@ class UnitLimiter(Limiter):
     def _root_counts(self, each: Tensor) -> Tensor:
         """Square root of the number of elements of each unit, `(S,)`."""
         counts = tuple(
-            max(1, one.numel() // max(1, count)) for one, count in zip(self._params, self._units.counts, strict=True)
+            max(1, one.numel() // max(1, count))
+            for one, count in zip(self.served.params, self._units.counts, strict=True)
         )
         index = self._units.index_on(each.device)
         return norms.integers_on(counts, each.device)[index].to(each.dtype).sqrt()
 
 
-def _places(units: Units) -> Tensor:
-    """Of the units that this rank holds a part of, the index among all units."""
-    pieces: list[Tensor] = []
-    for parameter, start, count in zip(units.params, units.starts, units.counts, strict=False):
-        slices = layout.slices(parameter)
-        held = torch.arange(count, device="cpu") if slices is None else slices.cpu()
-        pieces.append(held + start)
+def _places(units: Units, here: Sequence[int]) -> Tensor:
+    """Of the units of the parameters at these places that this rank holds a part of, the index among all units."""
+    pieces = [torch.zeros(0, dtype=torch.long, device="cpu")]
+    for place in here:
+        slices = layout.slices(units.params[place])
+        held = torch.arange(units.counts[place], device="cpu") if slices is None else slices.cpu()
+        pieces.append(held + units.starts[place])
     return torch.cat(pieces)

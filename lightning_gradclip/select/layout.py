@@ -4,7 +4,7 @@ What a tensor or module is made of says so itself: nothing of torch.distributed 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeGuard
@@ -19,16 +19,24 @@ class Layout:
 
     numel: int | None = None  # entries over all ranks; None: as many as on this one
     pieces: int = 1  # into which it is cut; 1: every rank holds all of it
+    piece: int = 0  # which of them this rank holds; -1: none
+    together: tuple[int, ...] = ()  # ranks that share it, cut or kept alike by torch; empty: nobody but this one
     ranks: tuple[int, ...] | None = None  # among which it is cut or copied; None: all of the run
     flattened: bool = False  # whether the pieces are cut from a flat vector, so that rows fall into several
     joined: bool = False  # whether several parameters of the model were joined into this one
     distributed: bool = False  # whether it is a DTensor
+    ignored: bool = False  # whether DDP was told to leave it alone
 
 
 def layouts(names: Sequence[str], params: Sequence[Tensor], module: nn.Module | None) -> tuple[Layout, ...]:
     """The layout of each parameter; those that FSDP has flattened are refused unless the module holds them."""
     flat = {} if module is None else _flattened(module)
-    return tuple(_layout(name, parameter, flat) for name, parameter in zip(names, params, strict=True))
+    ignored = set[int]() if module is None else _ignored(module)
+    meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    return tuple(
+        _mesh_layout(parameter, meshes) if is_distributed(parameter) else _layout(name, parameter, flat, ignored)
+        for name, parameter in zip(names, params, strict=True)
+    )
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[Any]:
@@ -40,6 +48,18 @@ def is_distributed(tensor: Tensor) -> TypeGuard[Any]:
 def _is_distributed(kind: type[Tensor]) -> bool:
     # Importing the class would cost half a second, and most runs have none.
     return any(base.__name__ == "DTensor" for base in kind.__mro__)
+
+
+def meshes(given: Iterable[object], params: Iterable[Tensor]) -> list[Any]:
+    """The device meshes among what is given, and the whole ones that parameters lie on a part of."""
+    found = [one for one in given if any(base.__name__ == "DeviceMesh" for base in type(one).__mro__)]
+    found += [_root(parameter.device_mesh) for parameter in params if is_distributed(parameter)]
+    return list({id(one): one for one in found}.values())
+
+
+def _root(mesh: Any) -> Any:
+    # There is no public way from a part of a mesh to the whole.
+    return getattr(mesh, "_get_root_mesh", lambda: mesh)()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -66,6 +86,9 @@ def slices(parameter: Tensor) -> Tensor | None:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
+    if mesh.get_coordinate() is None:
+        # What lies elsewhere is flat and empty here, which counts as a single slice.
+        return torch.zeros(1, dtype=torch.long, device=mesh.device_type)
     # What the mesh does to the rows it does to their numbers, and taking a part of what is whole communicates nothing.
     along = [one if getattr(one, "dim", None) == 0 else Replicate() for one in parameter.placements]
     numbers = torch.arange(parameter.shape[0], device=mesh.device_type)
@@ -73,13 +96,25 @@ def slices(parameter: Tensor) -> Tensor | None:
     return local(whole.redistribute(placements=along))
 
 
-def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
-    if is_distributed(parameter):
-        mesh = parameter.device_mesh
-        pieces = math.prod(mesh.size(dim) for dim, one in enumerate(parameter.placements) if not one.is_replicate())
-        # Of a part of a mesh the other parts hold copies, and there is no public way from it to the whole.
-        root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
-        return Layout(parameter.numel(), pieces, tuple(root.mesh.flatten().tolist()), distributed=True)
+def _mesh_layout(parameter: Any, meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]) -> Layout:
+    """The layout of a DTensor; `meshes` has the ranks of each mesh, and of the whole that it is a part of."""
+    mesh = parameter.device_mesh
+    if id(mesh) not in meshes:
+        # The other parts of the whole hold copies, or what they have to be told apart from.
+        together, ranks = (tuple(one.mesh.flatten().tolist()) for one in (mesh, _root(mesh)))
+        # A mesh that was put together from others may be no part of the whole.
+        meshes[id(mesh)] = together, tuple(sorted({*together, *ranks}))
+    together, ranks = meshes[id(mesh)]
+    cut = [dim for dim, one in enumerate(parameter.placements) if not one.is_replicate()]
+    pieces = math.prod(map(mesh.size, cut))
+    coordinate = mesh.get_coordinate()
+    piece = -1 if coordinate is None else 0
+    for dim in cut:
+        piece = piece if coordinate is None else piece * mesh.size(dim) + coordinate[dim]
+    return Layout(parameter.numel(), pieces, piece, together, ranks, distributed=True)
+
+
+def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout], ignored: Set[int]) -> Layout:
     if id(parameter) in flat:
         return flat[id(parameter)]
     if getattr(parameter, "_fsdp_flattened", False):
@@ -88,7 +123,16 @@ def _layout(name: str, parameter: Tensor, flat: Mapping[int, Layout]) -> Layout:
             "pass the module wrapped in FSDP instead of its named parameters: Clipper(model, ...)"
         )
     # Those of lazy modules have no size yet.
-    return Layout()
+    return Layout(ignored=id(parameter) in ignored)
+
+
+def _ignored(module: nn.Module) -> set[int]:
+    """The ids of the parameters that DDP was told to leave alone, by a list of names that it knows and no other way."""
+    found = set[int]()
+    for one in module.modules():
+        if names := set[str](getattr(one, "_ddp_params_and_buffers_to_ignore", ())):
+            found |= {id(parameter) for name, parameter in one.named_parameters() if name in names}
+    return found
 
 
 def _flattened(module: nn.Module) -> dict[int, Layout]:
@@ -106,11 +150,12 @@ def _flattened(module: nn.Module) -> dict[int, Layout]:
             continue
         group: Any = one.process_group
         whole = one.sharding_strategy is ShardingStrategy.NO_SHARD
-        pieces = 1 if whole else group.size()
+        pieces, piece = (1, 0) if whole else (group.size(), group.rank())
+        together = tuple(get_process_group_ranks(group))
         # The hybrid ones have copies outside the group.
-        ranks = None if "HYBRID" in one.sharding_strategy.name else tuple(get_process_group_ranks(group))
+        ranks = None if "HYBRID" in one.sharding_strategy.name else together
         numels = handle.flat_param._numels
-        found[id(handle.flat_param)] = Layout(sum(numels), pieces, ranks, flattened=True, joined=True)
+        found[id(handle.flat_param)] = Layout(sum(numels), pieces, piece, together, ranks, flattened=True, joined=True)
         for parameter, numel in zip(handle.flat_param._params or (), numels, strict=False):
-            found[id(parameter)] = Layout(numel, pieces, ranks, flattened=not whole)
+            found[id(parameter)] = Layout(numel, pieces, piece, together, ranks, flattened=not whole)
     return found

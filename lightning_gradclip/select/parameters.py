@@ -76,13 +76,18 @@ class Selection:
 
 
 class Names:
-    """The parameters of a module by identity: what they are called, and which patterns admit them."""
+    """The parameters of a module by identity: what they are called, and which patterns admit them.
+
+    Patterns that match nothing are refused if these parameters are `complete`, else kept as `unmatched`.
+    """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, Tensor]] | nn.Module,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        *,
+        complete: bool = True,
     ) -> None:
         self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
         given = named_parameters if self._module is None else self._module.named_parameters()
@@ -94,6 +99,9 @@ class Names:
             self._raw.setdefault(id(parameter), name)
         self._clean = dict(zip(self._raw, clean_names(list(self._raw.values())), strict=True))
         self._include, self._exclude = tuple(include), tuple(exclude)
+        self._complete = complete
+        # Where other ranks hold other parameters, what is wrong here may be right by those.
+        self.unmatched: dict[str, str] = {}
         for option, patterns in (("include", self._include), ("exclude", self._exclude)):
             for pattern in patterns:
                 self._require_match(option, pattern)
@@ -110,11 +118,10 @@ class Names:
                 name = self._clean.get(id(parameter), f"group{position}.{i}")
                 if id(parameter) not in chosen and self._admits(name, self._raw.get(id(parameter), name)):
                     chosen[id(parameter)] = (parameter, name, label)
+        self.unmatched.pop("all", None)
         if not chosen and owned and not any(self._admits(self._clean[key], name) for key, name in self._raw.items()):
-            raise ValueError(
-                f"include={list(self._include)!r} and exclude={list(self._exclude)!r} leave no parameter to clip; "
-                "include='*' and exclude=[] admit all"
-            )
+            said = f"include={list(self._include)!r} and exclude={list(self._exclude)!r} leave no parameter to clip; "
+            self._refuse("all", f"{said}include='*' and exclude=[] admit all")
         params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
         by_group = tuple(tuple(group["params"]) for group in groups)
         layouts = layout.layouts(names, params, self._module)
@@ -131,10 +138,17 @@ class Names:
         closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
         listed = ", ".join(closest) or "there are no named parameters"
         example = f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
-        raise ValueError(
-            f"{option}={pattern!r} matches no parameter; the closest names are: {listed}. "
-            f"Patterns are shell patterns over whole names, such as {example!r}"
+        said = f"{option}={pattern!r}"
+        self._refuse(
+            said,
+            f"{said} matches no parameter; the closest names are: {listed}. "
+            f"Patterns are shell patterns over whole names, such as {example!r}",
         )
+
+    def _refuse(self, what: str, said: str) -> None:
+        if self._complete:
+            raise ValueError(said)
+        self.unmatched[what] = said
 
 
 def _pairs(given: object) -> Iterable[tuple[str, Tensor]]:

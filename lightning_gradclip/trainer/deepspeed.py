@@ -24,6 +24,7 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "exclude": ((),),
     "measure_per": (None,),
     "fold": (False,),
+    "process_group": (None,),
 }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_gradclip.select import layout
+
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +22,7 @@ else:
     from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 __all__ = ["Callback", "LightningModule", "Logger", "MisconfigurationException", "TensorBoardLogger", "Trainer"]
-__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "position", "whole_model"]
+__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "part_of_mesh", "position", "whole_model"]
 
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
@@ -74,3 +76,19 @@ def overrides(owner: LightningModule | Callback, hook: str) -> bool:
 def whole_model(trainer: Trainer, module: LightningModule) -> nn.Module:
     """What holds all parameters under their names: the root of FSDP is a wrapper around the module."""
     return (trainer.strategy.model if is_any(trainer.strategy, "FSDPStrategy") else None) or module
+
+
+def part_of_mesh(name: str, module: LightningModule, optimizer: Optimizer) -> Any:
+    """The dimension of this name of a mesh that the module has, or that parameters of the optimizer lie on."""
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    meshes = layout.meshes([module.device_mesh, *vars(module).values()], params)
+    for mesh in meshes:
+        if name in (mesh.mesh_dim_names or ()):
+            return mesh[name]
+    known = dict.fromkeys(one for mesh in meshes for one in mesh.mesh_dim_names or ())
+    listed = f"the dimensions are {', '.join(map(repr, known))}" if known else "there is no mesh with named dimensions"
+    raise MisconfigurationException(
+        f"process_group={name!r} is no dimension of a mesh that the module or its parameters lie on: {listed}; keep "
+        f"the mesh as an attribute of the module, self.mesh = init_device_mesh(..., mesh_dim_names=({name!r}, ...)), "
+        "or give the callback a ProcessGroup"
+    )

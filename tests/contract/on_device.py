@@ -21,8 +21,10 @@ from kit.gradients import SHAPES, Witness, normal, two_groups
 from kit.methods import SUBJECTS, WITH_ACTIONS, every_case, mixed, subject
 from kit.streams import LEARNERS
 from lightning_gradclip import ClipMethod, Clipper, Normalize, NormClip, StepStats, ValueClip
-from lightning_gradclip.gradients.ranks import Reduced, Reducer
+from lightning_gradclip.gradients.ranks import Meeting
+from lightning_gradclip.gradients.reduce import Reduced, Reducer
 from lightning_gradclip.select.layout import Layout
+from lightning_gradclip.select.parameters import Selection
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot register a device that is written in Python")
 
@@ -602,7 +604,9 @@ class TestPieces:
         self, device: Device, p: float, owner: tuple[int, ...] | None
     ) -> None:
         params = [device.put(torch.zeros(3)), device.put(torch.zeros(2))]
-        reducer = Reducer(["a", "b"], params, [Layout(6, pieces=2), Layout()])
+        layouts = (Layout(6, pieces=2, piece=-1), Layout())
+        selection = Selection(tuple(params), ("a", "b"), ("group0",) * 2, tuple(params), layouts, ())
+        reducer = Reducer(selection, Meeting())
         count = 2 if owner is None else len(owner)
         norms = [torch.arange(1.0, count + 1) * factor for factor in (1.0, 2.0)]
         places = None if owner is None else device.put(torch.tensor(owner))
@@ -620,10 +624,10 @@ class TestPieces:
         assert exchanged == ["copy from the device", "copy to the device"], device.waits
         assert not known.nothing
         assert device.get(known.present).tolist() == [1.0, 0.0]
-        # The first is cut in two, of which one is here: it is taken to be there half as often.
-        shares = torch.tensor([2.0, 1.0])[[0, 1] if owner is None else list(owner)]
+        # Of the first nothing is here.
+        shares = torch.tensor([0.0, 1.0])[[0, 1] if owner is None else list(owner)]
         for found, one in zip(known.norms, norms, strict=True):
             expected = one if math.isinf(p) else one * shares.pow(1 / p)
             assert_close(device.get(found), expected)
             assert found.dtype == one.dtype
-        assert [device.get(one).item() for one in known.totals] == ([] if math.isinf(p) else [10.0])
+        assert [device.get(one).item() for one in known.totals] == ([] if math.isinf(p) else [4.0])

@@ -67,6 +67,7 @@ OPTIONS_OF_THE_CALLBACK = {
     "log": False,
     "log_every_n_steps": 2,
     "measure_per": "layer",
+    "process_group": "pp",
     "prog_bar": True,
     "history": "elsewhere",
     "histograms": False,

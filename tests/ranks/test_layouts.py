@@ -353,7 +353,8 @@ class TestOddLayouts:
         assert all(digest(first) == digest(other) for other in others)
         dense = plain(gradients, weights)
         stats = Clipper(dense, NormClip(max_norm=0.1, statistic="rms")).step()
-        assert first[1] == {"c10d.allreduce_": 1}
+        # Once the ranks look whether the weight is the same on both parts of the mesh.
+        assert first[1] == {"c10d.allreduce_": 1, "c10d.allgather_": 1}
         torch.testing.assert_close(first[0], stats.sizes, rtol=1e-6, atol=0.0)
         torch.testing.assert_close(first[2], [one.grad for _, one in dense], rtol=1e-6, atol=0.0)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
 from kit import reference, workers
@@ -67,15 +68,17 @@ class TestCollectives:
     def test_one_for_any_mix_of_norms(self) -> None:
         def work(rank: int) -> dict[str, dict[str, int]]:
             found = {}
-            for label, method in METHODS.items():
+            for label, method in {**METHODS, "power 8": NormClip(norm_type=8.0)}.items():
                 clipper = Clipper(spread(), method, measure_per="layer")
-                found[label] = communicated(clipper)[1]
-            found["power 8"] = communicated(Clipper(spread(), NormClip(norm_type=8.0)))[1]
+                found[label] = [communicated(clipper)[1] for _ in range(4)]
             return found
 
         for counts in workers.run(work):
-            assert counts.pop("power 8") == {"c10d.allgather_": 1}
-            assert counts == {label: {"c10d.allreduce_": 1} for label in METHODS}
+            first, *others = counts.pop("power 8")
+            assert (first, others) == ({"c10d.allgather_": 2}, [{"c10d.allgather_": 1}] * 3)
+            # In the first step the ranks see that the normalization, which none of them shares, is the same on all.
+            alike = [{"c10d.allreduce_": 1, "c10d.allgather_": 1}, *[{"c10d.allreduce_": 1}] * 3]
+            assert counts == dict.fromkeys(METHODS, alike)
 
     def test_one_more_for_each_gradient_that_is_still_to_be_added_up(self) -> None:
         def work(rank: int) -> Any:
@@ -102,17 +105,17 @@ class TestCollectives:
             assert_equal(gradients, left(dense))
 
     def test_none_where_every_rank_holds_everything(self) -> None:
-        def work(rank: int) -> dict[str, int]:
-            there, line = mesh(2), mesh(1)
+        def work(rank: int) -> list[dict[str, int]]:
+            there = mesh(2)
             pairs = [
                 ("plain", parameter(random(3), random(3))),
                 ("copied", parameter(random(3), random(3), there, WHOLE)),
+                ("alone", parameter(random(4, 2), random(4, 2), DeviceMesh("cpu", [rank]), ROWS)),
             ]
-            if rank == 0:
-                pairs.append(("alone", parameter(random(4, 2), random(4, 2), line, ROWS)))
-            return communicated(Clipper(pairs, NormClip(max_norm=0.1), measure_per="parameter"))[1]
+            clipper = Clipper(pairs, NormClip(max_norm=0.1), measure_per="parameter")
+            return [communicated(clipper)[1] for _ in range(2)]
 
-        assert workers.run(work) == [{}, {}]
+        assert workers.run(work) == [[{}, {}]] * 2
 
     def test_none_in_a_world_of_one(self) -> None:
         def work(rank: int) -> Any:
@@ -143,7 +146,7 @@ class TestCollectives:
                 return zeroed, first, communicated(clipper)[1]
 
         for zeroed, first, second in workers.run(work):
-            assert zeroed == first == {"c10d.allreduce_": 2}
+            assert zeroed == first == {"c10d.allreduce_": 2, "c10d.allgather_": 1}
             assert second == {"c10d.allreduce_": 1}
 
 
@@ -247,7 +250,8 @@ class TestAbsent:
             return found
 
         for found in workers.run(work):
-            assert found == [({"c10d.allreduce_": 1}, {"skipped": 0.0, "nonfinite": 0.0}, 0, 0.0, False)] * len(METHODS)
+            counts = {"c10d.allreduce_": 1, "c10d.allgather_": 1}
+            assert found == [(counts, {"skipped": 0.0, "nonfinite": 0.0}, 0, 0.0, False)] * len(METHODS)
 
     def test_none_on_one_rank_is_zeros_there(self) -> None:
         """All of them, so that this rank does not even know in which precision the others measure."""
@@ -256,6 +260,8 @@ class TestAbsent:
             found = {}
             for label, method in METHODS.items():
                 pairs = spread()
+                # A copy that a mesh keeps: any other has a gradient on all ranks or on none.
+                pairs[2] = ("norm.weight", parameter(WEIGHTS["norm.weight"], GRADIENTS["norm.weight"], mesh(2), WHOLE))
                 for name in without if rank == 1 else ():
                     dict(pairs)[name].grad = None
                 clipper = Clipper(pairs, method, measure_per="parameter")
