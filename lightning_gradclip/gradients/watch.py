@@ -11,7 +11,7 @@ from lightning_gradclip.gradients.norms import Tensors
 from lightning_gradclip.gradients.read import fingerprints
 from lightning_gradclip.select import holders
 
-# All ranks of a run make their clippers in the same order.
+# The clippers of all ranks see their first gradients in the same order.
 _numbers = itertools.count()
 
 
@@ -23,7 +23,7 @@ class Watch:
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
-        self._settings, self._key = settings, f"lightning_gradclip/{next(_numbers)}"
+        self._settings = settings
 
     def look(self, names: Sequence[str], gradients: Tensors) -> bool:
         """Whether this rank has left its note: not before it has a gradient to compare; warns whoever is the last."""
@@ -34,7 +34,7 @@ class Watch:
         if not 0 < norm < math.inf or math.isnan(total):
             return False
         note = json.dumps([norm, total, holders.checksum("\n".join(names)), self._settings])
-        notes = ranks.last_to_leave(self._key, note)
+        notes = ranks.last_to_leave(f"lightning_gradclip/{next(_numbers)}", note)
         if notes is not None and (said := _differences([json.loads(one) for one in notes])):
             warnings.warn(said, RuntimeWarning, stacklevel=2)
         return True

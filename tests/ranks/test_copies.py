@@ -219,7 +219,7 @@ class TestPartOfTheRun:
             dist.destroy_process_group()
             return found, groups()
 
-        for rank, (made, left) in enumerate(workers.run(work, world=3)):
+        for rank, (made, left) in enumerate(workers.run_fresh(work, world=3)):
             assert left == 0
             assert rank == 2 or made == [1, 0]
 
