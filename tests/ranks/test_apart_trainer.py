@@ -89,7 +89,7 @@ def test_stages_are_clipped_by_their_joint_norm(tmp_path: Path) -> None:
         torch.testing.assert_close([one.double() for one in weights], expected, rtol=1e-5, atol=1e-6)
     (folder,) = tmp_path.rglob("gradclip")
     history = History(folder)
-    assert history.rows["norm"].tolist() == pytest.approx(joint, rel=1e-6)
+    assert history.steps["norm"].tolist() == pytest.approx(joint, rel=1e-6)
 
 
 def test_what_was_learned_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
