@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep bench study study-full test test-packaging lint types check format dist clean
+.PHONY: help demo sweep bench study study-full test test-fast mutants test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,9 +40,15 @@ study-full: $(VENV)/.ready-bench  ## train all of it, and make docs/study.md ane
 	$(BIN)/python benchmarks/training/gather.py outputs/study benchmarks/training/results.csv
 	$(BIN)/python benchmarks/training/page.py benchmarks/training/results.csv docs/study.md
 
+test-fast: $(VENV)/.ready  ## run the quick tests: each method in one configuration, no processes (a minute on two cores)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --fast
+
 test: $(VENV)/.ready  ## run the tests, on all cores (about seven minutes on two)
 	@echo "==> Running the tests"
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+mutants: $(VENV)/.ready  ## break ROOM in one place after the other, and list which test notices (hours; tests/kit/mutants.py)
+	cd tests && ../$(BIN)/python -m kit.mutants $(ROOM)
 
 test-packaging: $(VENV)/.ready-dev  ## build, install into fresh environments, run a foreign application (three minutes)
 	@echo "==> Building and installing the distributions, on Hydra 1.3 and 1.4"
@@ -56,7 +62,8 @@ lint: $(VENV)/.ready-dev  ## check style and format
 types: $(VENV)/.ready-dev  ## check types of the package, strictly
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test test-packaging  ## everything that a pull request must pass
+check: lint types test-packaging  ## everything that a pull request must pass, the tests at the end (twelve minutes)
+	@$(MAKE) test
 
 format: $(VENV)/.ready-dev  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .

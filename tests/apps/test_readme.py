@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit.application import Application
+from kit.extras import needs, require
 from kit.guides import README, blocks, commands
 from kit.root import ROOT
 
@@ -28,6 +29,7 @@ def run(arguments: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize("program", blocks("python"))
 def test_programs_run(program: str, tmp_path: Path) -> None:
+    require(*{"hydra_zen", "pandas"} & {*re.findall(r"\w+", program)})
     run(["-c", program], tmp_path)
 
 
@@ -41,6 +43,7 @@ def stands_alone(command: str) -> bool:
     return not re.search(r" -m |results\.py|cli\.py", command)
 
 
+@needs("gymnasium", "rich", "sklearn", "tensorboard", extra="examples")
 @pytest.mark.parametrize("command", [*filter(stands_alone, commands("python examples/"))])
 def test_example_commands_run(command: str, tmp_path: Path) -> None:
     _, script, *arguments = shlex.split(command)
@@ -108,6 +111,7 @@ def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> Non
     assert node["method"]["_target_"] == "lightning_gradclip.ZClip"
 
 
+@needs("sklearn", extra="examples")
 @pytest.mark.parametrize(
     ("program", "shown"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, AdamW
 
@@ -27,6 +27,7 @@ from kit.boring import (
     gradients,
     norm,
     regression_data,
+    tensorboard,
     tensorboard_rows,
     weights,
 )
@@ -200,7 +201,7 @@ def test_raising_names_step_and_parameter_and_logs_the_last_window(
     tmp_path: Path, options: dict[str, Any], every: int
 ) -> None:
     given = spoiled(9, 6, names=["head.bias", "encoder.weight"])
-    csv, board = CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")
+    csv, board = CSVLogger(tmp_path, name="csv"), tensorboard(tmp_path, name="board")
     module = Prescribed()
     with pytest.raises(FloatingPointError, match=r"optimizer step 6 in encoder\.weight, head\.bias"):
         fit(module, given, clipping(nonfinite="raise", **options), logger=[csv, board], log_every_n_steps=every)

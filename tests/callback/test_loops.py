@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from kit.boring import (
     mean_gradient,
     norm,
     regression_data,
+    tensorboard,
     tensorboard_rows,
     weights,
     windows,
@@ -115,7 +116,7 @@ def adversaries(count: int) -> list[tuple[Gradient, Gradient]]:
 
 def test_two_optimizers_hold_their_own_norms_beside_stale_gradients(tmp_path: Path) -> None:
     given = adversaries(6)
-    csv, board = CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")
+    csv, board = CSVLogger(tmp_path, name="csv"), tensorboard(tmp_path, name="board")
     received = Received()
     trainer = fit(Adversaries(), given, clipping(), received, logger=[csv, board], log_every_n_steps=3)
     assert trainer.global_step == 12

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import AdamW
@@ -24,6 +24,7 @@ from kit.boring import (
     gradients,
     norm,
     regression_data,
+    tensorboard,
     tensorboard_rows,
     weights,
     windows,
@@ -154,7 +155,7 @@ def test_a_finished_run_that_goes_on_logs_every_step_once(tmp_path: Path, every:
         ("first", [checkpoint], end),
         ("second", [], {"max_epochs": 2, "ckpt_path": tmp_path / "saved" / "end.ckpt"}),
     ):
-        csv, board = CSVLogger(tmp_path, name=name), TensorBoardLogger(tmp_path, name=f"board {name}")
+        csv, board = CSVLogger(tmp_path, name=name), tensorboard(tmp_path, name=f"board {name}")
         fit(
             Prescribed(),
             given,

@@ -5,6 +5,7 @@ test_device.py runs this file; to run a part of it, name it: `pytest tests/contr
 """
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -468,6 +469,16 @@ class TestFolding:
         metrics = folding.model.clipper.metrics()
         assert metrics == pytest.approx(writing.model.clipper.metrics(), rel=1e-6)
         assert (metrics["skipped"], metrics["nonfinite"]) == (2.0, 2.0)
+
+    def test_a_step_over_the_limit_is_left_out(self, device: Device) -> None:
+        folding = Training(device, FUSED["adamw"], method=NormClip(max_norm=6.0), action="skip", fold=True)
+        writing = Training(None, FUSED["adamw"], method=NormClip(max_norm=6.0), action="skip")
+        for seed, scale in enumerate((0.1, 10.0, 0.1, 10.0, 10.0, 0.1)):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "dropped optimizer step")
+                one, other = (training.step(normal(seed, scale=scale)) for training in (folding, writing))
+            assert (float(folding.model.get(one.skipped)), float(other.skipped)) == (scale == 10.0,) * 2
+            assert_trained_alike(folding, writing)
 
     @every_fused
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

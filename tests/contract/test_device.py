@@ -16,6 +16,7 @@ from kit.root import ROOT
 FILE = Path(__file__).with_name("on_device.py")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not AVAILABLE, reason="this torch cannot register a device that is written in Python")
 def test_on_a_fake_accelerator() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(FILE)]

@@ -49,6 +49,7 @@ def test_arithmetic_of_rules_is_found_where_it_was(name: str) -> None:
     assert pkgutil.resolve_name(f"lightning_gradclip.arithmetic:{name}") is getattr(numbers, name)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "imports",
     [
@@ -61,6 +62,7 @@ def test_histories_need_no_torch(imports: str, tmp_path: Path) -> None:
     assert execute("-c", WITHOUT_TORCH.format(imports), tmp_path / "run") == "5.0 0.5\n"
 
 
+@pytest.mark.processes
 def test_the_command_line_is_found_where_it_was() -> None:
     shown = execute("-W", "error", "-m", "lightning_gradclip.cli", "--help")
     assert {"report", "advise"} <= set(shown.split())

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
 import lightning_gradclip
+from kit.drawn import given, settings, st
 from kit.gradients import SHAPES, Witness, named, normal, same_bits, two_groups
 from kit.methods import (
     CLASSES,

@@ -35,6 +35,7 @@ def test_the_table_names_what_is_there_and_imports_what_stands_above() -> None:
         above += room.names
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("room", [room for room in HOUSE.rooms if not room.torch], ids=lambda room: room.names[0])
 def test_a_room_that_does_without_torch_is_imported_without(room: Room) -> None:
     code = f"import sys\nsys.modules.update(dict.fromkeys({NEED_TORCH}))\nfor name in sys.argv[1:]: __import__(name)"

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kit import reference
+from kit.drawn import given, settings, st
 from lightning_gradclip.gradients import norms as pnorm
 from lightning_gradclip.gradients import read as measure
 from lightning_gradclip.gradients.read import Meter

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
 
 from kit import reference
+from kit.drawn import given, settings, st
 from kit.gradients import Witness, named, same_bits
 from kit.running_max import RunningMax
 from lightning_gradclip import ClipMethod, Clipper

@@ -189,6 +189,7 @@ def test_the_limits_that_take_a_schedule_are_found() -> None:
     assert known <= {name for _, name in SCHEDULED}
 
 
+@pytest.mark.processes
 def test_a_schedule_is_quoted_in_a_shell(application: Path) -> None:
     process = subprocess.run(
         f"'{sys.executable}' train.py +callbacks/gradclip=value 'callbacks.gradclip.method.max_value={{0:10,1000:1}}' "
@@ -269,6 +270,7 @@ def test_a_written_configuration_is_read_back_the_same(application: Path, tmp_pa
     assert getattr(made, "method", None) == getattr(instantiate(cfg.callbacks.gradclip), "method", None)
 
 
+@pytest.mark.processes
 def test_what_a_run_has_saved_makes_the_same_callback(tmp_path: Path) -> None:
     application = Application.copied(tmp_path)
     line = ["+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm={0:inf,1000:1}"]

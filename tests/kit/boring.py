@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+
+from kit.extras import require
 
 Gradient = dict[str, Tensor]
 
@@ -241,10 +242,23 @@ def csv_rows(logger: CSVLogger, key: str = "gradclip/") -> list[tuple[int, dict[
     return [(step, values) for step, values in rows if values]
 
 
+def tensorboard(folder: Path, **options: Any) -> TensorBoardLogger:
+    require("tensorboard", extra="tensorboard")
+    return TensorBoardLogger(folder, **options)
+
+
+def tensorboard_events(logger: TensorBoardLogger) -> Any:
+    """What the event files hold, histograms included."""
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+
+    events = EventAccumulator(logger.log_dir, size_guidance={HISTOGRAMS: 0})
+    events.Reload()
+    return events
+
+
 def tensorboard_rows(logger: TensorBoardLogger, key: str = "gradclip/") -> list[tuple[int, dict[str, float]]]:
     """The same from the event files: values by step, in the order in which they were written."""
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
+    events = tensorboard_events(logger)
     rows: dict[int, dict[str, float]] = {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag) if tag.startswith(key) else ():

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from kit.drawn import given, settings, st
 from kit.running_max import RunningMax
 from kit.streams import LEARNERS, Fed, noisy
 from lightning_gradclip import (

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kit import peers, reference
 from kit.clipping import arrays, random
+from kit.drawn import given, settings, st
 from kit.gradients import Witness, same_bits
 from lightning_gradclip import AGC, Clipper, StepStats
 

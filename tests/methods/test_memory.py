@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.drawn import given, settings, st
 from kit.streams import noisy
 from lightning_gradclip.methods import memory
 from lightning_gradclip.methods.memory import AllSizes, LastSizes, Memory, State

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kit import reference
 from kit.clipping import arrays, assert_clipped, clip, random
+from kit.drawn import given, settings, st
 from kit.gradients import SCOPES, SHAPES, Witness, named, normal
 from lightning_gradclip import Clipper, NormClip
 
@@ -451,3 +450,14 @@ class TestArguments:
         with pytest.raises(error) as failure:
             NormClip(**arguments)
         assert str(failure.value) == said
+
+
+@pytest.mark.parametrize("per", ["model", "parameter"])
+@pytest.mark.parametrize("value", [1e-45, 1e-40])
+def test_a_norm_too_small_to_divide_by_is_scaled_up_as_far_as_numbers_reach(per: str, value: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    clipper = Clipper([("weight", weight)], NormClip(min_norm=1.0, max_norm=2.0, per=per))
+    weight.grad = torch.tensor([value])
+    stats = clipper.step()
+    assert torch.isfinite(stats.coef)
+    assert 0 < weight.grad.item() <= 1.0

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -17,6 +15,7 @@ from torch.optim import SGD
 
 from kit import reference
 from kit.clipping import arrays, assert_clipped, clip, random
+from kit.drawn import given, settings, st
 from kit.gradients import SCOPES, SHAPES, Witness, named, normal, two_groups
 from lightning_gradclip import Clipper, GradientClipping, Normalize
 

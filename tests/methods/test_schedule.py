@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from kit.drawn import given, settings, st
 from lightning_gradclip.methods.schedule import greatest, least, scheduled, value_at
 
 SCHEDULES = st.dictionaries(st.integers(0, 10**9), st.floats(1e-30, 1e30, allow_nan=False), min_size=1, max_size=6).map(

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -17,6 +15,7 @@ from torch.optim import SGD
 
 from kit import reference
 from kit.clipping import random
+from kit.drawn import given, settings, st
 from kit.gradients import SHAPES, Witness, named, normal
 from lightning_gradclip import Clipper, StepStats, ValueClip
 

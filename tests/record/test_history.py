@@ -233,6 +233,7 @@ def test_norms_of_another_kind_are_not_mixed(tmp_path: Path) -> None:
     assert_holds(tmp_path, np.arange(5))
 
 
+@pytest.mark.processes
 def test_a_killed_process_leaves_whole_steps(tmp_path: Path) -> None:
     start = 0
     for windows in (1, 3, 40):
@@ -306,6 +307,7 @@ def test_a_writer_goes_on_after_a_truncation(tmp_path: Path) -> None:
     assert_holds(tmp_path, np.concatenate([np.arange(4), np.arange(10, 20)]))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("limit", [HEADER_BYTES + 300, 1200, 5000, 5001])
 def test_a_full_disk_costs_only_what_did_not_fit(limit: int, tmp_path: Path) -> None:
     recorded, message = execute(FULL_DISK, tmp_path, limit).stdout.split(maxsplit=1)
@@ -422,3 +424,12 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path, opened: Opened) -> No
         writer.append(np.arange(start, start + 50), window)
     # 20 MB were written.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000
+
+
+def test_settings_hold_from_their_own_first_step_on(tmp_path: Path) -> None:
+    """A run that begins again where another began leaves none of that one's settings."""
+    write(tmp_path, np.arange(10), method=NormClip(max_norm=1.0))
+    write(tmp_path, np.arange(5, 10), method=NormClip(max_norm=2.0))
+    write(tmp_path, np.arange(5, 8), method=NormClip(max_norm=3.0))
+    segments = History(tmp_path).meta["segments"]
+    assert [(one["from_step"], one["method"]["settings"]["max_norm"]) for one in segments] == [(0, 1.0), (5, 3.0)]

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from kit.drawn import given, settings, st
 from kit.gradients import same_bits
 from lightning_gradclip.record.step import Row
 from lightning_gradclip.record.window import Window

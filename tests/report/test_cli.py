@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kit.extras import needs_report, needs_tensorboard
 from kit.histories import record
 from kit.root import ROOT
 from lightning_gradclip.record.history import History
@@ -49,6 +50,7 @@ def execute(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.processes
 def test_help_needs_neither_torch_nor_numpy() -> None:
     code = (
         "import sys\nfrom lightning_gradclip.cli import main\n"
@@ -61,6 +63,8 @@ def test_help_needs_neither_torch_nor_numpy() -> None:
     assert not {"torch", "lightning", "hydra", "plotly", "numpy"} & set(modules.split())
 
 
+@needs_report
+@pytest.mark.processes
 def test_both_commands_work_without_torch(tmp_path: Path) -> None:
     record(tmp_path / "run", NORMS, limit=1.0)
     for arguments in (["report", tmp_path / "run", "--out", tmp_path / "page.html"], ["advise", tmp_path / "run"]):
@@ -74,6 +78,7 @@ def test_the_script_is_installed() -> None:
     assert script.load() is main
 
 
+@needs_report
 def test_the_page_is_written_where_it_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path / "run", NORMS, limit=1.0)
     out = tmp_path / "page.html"
@@ -85,6 +90,7 @@ def test_the_page_is_written_where_it_was_asked_for(tmp_path: Path, capsys: pyte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]
 
 
+@pytest.mark.processes
 def test_without_the_extra_it_is_named(tmp_path: Path) -> None:
     record(tmp_path / "run", NORMS)
     code = WITHOUT.format("plotly")
@@ -97,6 +103,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path) -> None:
     assert execute(code, "advise", tmp_path / "run").returncode == 0
 
 
+@pytest.mark.processes
 def test_without_tensorboard_its_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "events.out.tfevents.1.host").write_bytes(b"")
     done = execute(WITHOUT.format("tensorboard"), "report", tmp_path)
@@ -105,6 +112,7 @@ def test_without_tensorboard_its_extra_is_named(tmp_path: Path) -> None:
     assert "pip install 'lightning-gradclip[tensorboard]'" in line
 
 
+@needs_report
 def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path / "run", NORMS)
     for out in (tmp_path / "missing" / "page.html", tmp_path):
@@ -195,6 +203,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path)
 
 
+@needs_tensorboard
 @pytest.mark.parametrize("command", ["report", "advise"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
@@ -280,6 +289,7 @@ def test_reading_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(History(path).steps) == 300
 
 
+@pytest.mark.processes
 def test_a_reader_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
     record(tmp_path / "run", NORMS)
     code = "import sys\nfrom lightning_gradclip.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -295,6 +305,7 @@ def test_a_reader_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@needs_report
 @pytest.mark.parametrize("line", re.findall(r"^lightning-gradclip .*", README, re.MULTILINE))
 def test_the_commands_of_the_readme_work(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 
-from kit.boring import Prescribed, fit, gradients
+from kit.boring import Prescribed, fit, gradients, tensorboard
+from kit.extras import needs_report
 from kit.histories import record
 from lightning_gradclip import GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History
@@ -98,6 +99,7 @@ def test_no_spike_is_lost_in_buckets(most: int, tmp_path: Path) -> None:
         assert found.median[i] == pytest.approx(np.median(finite) if len(finite) else np.nan, nan_ok=True)
 
 
+@needs_report
 def test_a_million_steps_stay_small_and_keep_every_spike(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     norms = np.exp(rng.normal(0, 0.2, 1_000_000))
@@ -238,6 +240,7 @@ def test_medians_leave_out_what_is_absent() -> None:
     assert np.allclose(median(rows)[1:], np.nanmedian(rows[:, 1:], axis=0), rtol=1e-15, equal_nan=True)
 
 
+@needs_report
 def test_names_are_shown_as_text(tmp_path: Path) -> None:
     name = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
     folder = tmp_path / name.replace("/", "_")
@@ -249,6 +252,7 @@ def test_names_are_shown_as_text(tmp_path: Path) -> None:
     assert data["heat"]["names"] == [name, "other"]
 
 
+@needs_report
 def test_the_page_asks_nobody(tmp_path: Path) -> None:
     html = page([recorded(tmp_path, np.exp(RNG.normal(size=100)))])
     ours = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
@@ -268,7 +272,7 @@ def test_numbers_are_written_short() -> None:
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_logged_points_are_read_from_both_loggers(every: int, tmp_path: Path) -> None:
-    loggers = [CSVLogger(tmp_path / "csv", name=""), TensorBoardLogger(tmp_path / "board", name="")]
+    loggers = [CSVLogger(tmp_path / "csv", name=""), tensorboard(tmp_path / "board", name="")]
     batches = gradients(60, scale=2.0)
     callback = GradientClipping(NormClip(max_norm=5.0), measure_per="layer")
     fit(Prescribed(), batches, callback, logger=loggers, log_every_n_steps=every, max_epochs=1)
@@ -335,6 +339,7 @@ def test_a_limit_that_is_no_norm_is_not_drawn(tmp_path: Path) -> None:
     assert recorded(tmp_path / "norm", norms, 0.5).limit.tolist() == [0.5] * 20
 
 
+@needs_report
 @pytest.mark.parametrize("norms", [np.ones(1), np.zeros(30), np.full(30, np.nan), np.array([1e-300, 1e300] * 9)])
 def test_odd_runs_have_a_page(norms: Array, tmp_path: Path) -> None:
     run = recorded(tmp_path, norms, 1.0, scopes={"a": norms, "b": norms}, method=NormClip())
@@ -343,6 +348,7 @@ def test_odd_runs_have_a_page(norms: Array, tmp_path: Path) -> None:
     assert "nan" not in re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL).lower().replace("nan or inf", "")
 
 
+@needs_report
 def test_a_page_of_many_scopes_shows_those_that_are_named(tmp_path: Path) -> None:
     scopes = layers(450, 40)
     scopes["layer311"] = scopes["layer311"] * 1e-6

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD
 
@@ -135,6 +136,7 @@ def test_a_method_without_a_limit_says_so() -> None:
         fit(Prescribed(), gradients(1), GradientClipping(Empty()))
 
 
+@pytest.mark.processes
 def test_a_callback_can_be_sent_to_other_processes() -> None:
     """As `ddp_spawn` sends it: pickled, before the fit."""
     sent = pickle.dumps(clipping(include="head.*", measure_per="layer"))
@@ -152,3 +154,11 @@ def test_a_refused_fit_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException):
         fit(Prescribed(), gradients(1), clipping(), gradient_clip_val=1.0, default_root_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["XLAStrategy", "XLAFSDPStrategy"])
+def test_gradients_that_are_averaged_only_later_are_refused(name: str) -> None:
+    """A strategy of that name stands for them, since torch_xla cannot be installed beside every torch."""
+    strategy = type(name, (SingleDeviceStrategy,), {})(device="cpu")
+    with pytest.raises(MisconfigurationException, match=f"does not support {name}, .* use Trainer\\(gradient_clip_val"):
+        fit(Prescribed(), gradients(1), clipping(), strategy=strategy)

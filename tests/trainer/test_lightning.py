@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kit.extras import needs
+
 PROGRAM = """
 import logging
 import sys
@@ -73,6 +77,7 @@ def run(program: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_its_trainer_clips_logs_saves_and_gets_an_error_of_its_own(tmp_path: Path) -> None:
     trained, refused = run(TRAINS + REFUSES, tmp_path).splitlines()
     assert trained == "trained"
@@ -80,6 +85,8 @@ def test_its_trainer_clips_logs_saves_and_gets_an_error_of_its_own(tmp_path: Pat
     assert refused.startswith("refused: both Trainer(gradient_clip_val=1.0) and GradientClipping(")
 
 
+@needs("jsonargparse", extra="cli")
+@pytest.mark.processes
 def test_its_command_line_takes_the_callback(tmp_path: Path) -> None:
     flags = ["--trainer.callbacks+=lightning_gradclip.GradientClipping", "--trainer.accelerator=cpu"]
     method = "--trainer.callbacks.method=lightning_gradclip.NormClip"

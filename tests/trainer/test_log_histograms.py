@@ -9,9 +9,21 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 
-from kit.boring import ENCODER, HEAD, Adversaries, CountingLogger, Prescribed, fit, gradients, norm, windows
+from kit.boring import (
+    ENCODER,
+    HEAD,
+    Adversaries,
+    CountingLogger,
+    Prescribed,
+    fit,
+    gradients,
+    norm,
+    tensorboard,
+    tensorboard_events,
+    windows,
+)
+from kit.extras import needs_tensorboard
 from lightning_gradclip import GradientClipping, NormClip
 
 pytestmark = [
@@ -26,8 +38,7 @@ def clipping(**options: Any) -> GradientClipping:
 
 def read(logger: TensorBoardLogger) -> dict[str, dict[int, Any]]:
     """By name and step the histograms in the logger's files."""
-    events = EventAccumulator(logger.log_dir, size_guidance={HISTOGRAMS: 0})
-    events.Reload()
+    events = tensorboard_events(logger)
     return {
         tag: {one.step: one.histogram_value for one in events.Histograms(tag)} for tag in events.Tags()["histograms"]
     }
@@ -48,7 +59,7 @@ def assert_holds(found: dict[int, Any], expected: dict[int, list[float]]) -> Non
 @pytest.mark.parametrize("every", [1, 7, 50])
 @pytest.mark.parametrize("history", [True, False])
 def test_each_window_has_one(tmp_path: Path, every: int, history: bool) -> None:
-    given, board = gradients(20), TensorBoardLogger(tmp_path)
+    given, board = gradients(20), tensorboard(tmp_path)
     fit(Prescribed(), given, clipping(history=history), logger=[CSVLogger(tmp_path), board], log_every_n_steps=every)
     found = read(board)
     assert list(found) == ["gradclip/norms"]
@@ -56,7 +67,7 @@ def test_each_window_has_one(tmp_path: Path, every: int, history: bool) -> None:
 
 
 def test_each_optimizer_has_its_own(tmp_path: Path) -> None:
-    given, board = list(zip(gradients(9), gradients(9, seed=1), strict=True)), TensorBoardLogger(tmp_path)
+    given, board = list(zip(gradients(9), gradients(9, seed=1), strict=True)), tensorboard(tmp_path)
     fit(Adversaries(), given, clipping(name="mine"), logger=board, log_every_n_steps=4)
     found = read(board)
     for index, names in enumerate((ENCODER, HEAD)):
@@ -64,8 +75,9 @@ def test_each_optimizer_has_its_own(tmp_path: Path) -> None:
         assert_holds(found[f"mine/{index}/norms"], windows(sizes, 4))
 
 
+@needs_tensorboard
 def test_none_without_being_asked(tmp_path: Path) -> None:
-    board = TensorBoardLogger(tmp_path)
+    board = tensorboard(tmp_path)
     fit(Prescribed(), gradients(4), GradientClipping(NormClip()), logger=board, log_every_n_steps=1)
     assert read(board) == {}
 
@@ -89,7 +101,7 @@ def test_a_window_is_whole_after_a_resume(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saves", every_n_train_steps=5, save_top_k=-1, filename="saved")
     with pytest.raises(Crash.Error):
         fit(Prescribed(), given, clipping(), Crash(), saving, enable_checkpointing=True, log_every_n_steps=7)
-    board = TensorBoardLogger(tmp_path)
+    board = tensorboard(tmp_path)
     saved = tmp_path / "saves" / "saved.ckpt"
     fit(Prescribed(), given, clipping(), logger=board, log_every_n_steps=7, ckpt_path=saved, weights_only=True)
     assert_holds(read(board)["gradclip/norms"], windows([[norm(gradient)] for gradient in given], 7))
@@ -100,7 +112,7 @@ def test_a_window_is_whole_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_norms_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    given, board = gradients(6), TensorBoardLogger(tmp_path)
+    given, board = gradients(6), tensorboard(tmp_path)
     for bad in (1, 2, 3):
         given[bad]["head.bias"][0] = torch.nan
     with pytest.warns(RuntimeWarning, match="dropped optimizer step 1"):

@@ -18,6 +18,8 @@ from kit.boring import ENCODER, HEAD, aggregate, mean_gradient, norm, windows
 from kit.logger_runs import BATCHES, EVERY, LIMIT, SAVED, SCENARIOS, data
 from kit.root import ROOT
 
+pytestmark = pytest.mark.processes
+
 Found = dict[str, list[list[Any]]]
 
 # They tell their makers nothing, and write nothing beside their runs.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kit import fake_device, workers
@@ -37,8 +37,10 @@ from kit.boring import (
     mean_gradient,
     norm,
     regression_data,
+    tensorboard,
     weights,
 )
+from kit.extras import needs_report
 from lightning_gradclip import AGC, GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History, HistoryFormatError
 from lightning_gradclip.record.history_writer import HistoryWriter
@@ -286,7 +288,7 @@ class Directory(CountingLogger):
     ("make", "place"),
     [
         (lambda folder: CSVLogger(folder, name="csv"), "csv/version_0"),
-        (lambda folder: TensorBoardLogger(folder, name="board", sub_dir="deep"), "board/version_0/deep"),
+        (lambda folder: tensorboard(folder, name="board", sub_dir="deep"), "board/version_0/deep"),
         (lambda folder: [CountingLogger(), CSVLogger(folder, name="csv")], "csv/version_0"),
         # As ModelCheckpoint does it.
         (lambda folder: CountingLogger(), "root/counting/version_0"),
@@ -456,6 +458,7 @@ def test_a_resumed_run_appends_without_duplicates_or_gaps(tmp_path: Path, kind: 
         assert np.array_equal(one.scope_norms()[1], other.scope_norms()[1])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("saved", [20, 26])
 def test_a_killed_run_keeps_all_but_the_last_window_and_goes_on(tmp_path: Path, saved: int) -> None:
     given = gradients(60)
@@ -483,6 +486,7 @@ def test_a_killed_run_keeps_all_but_the_last_window_and_goes_on(tmp_path: Path, 
     assert norms[:, 1] == pytest.approx([norm(gradient, HEAD) for gradient in given], rel=1e-6)
 
 
+@pytest.mark.processes
 def test_a_checkpoint_leaves_no_gap_behind_it(tmp_path: Path) -> None:
     class Ending(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -537,6 +541,7 @@ def test_norms_of_another_kind_are_not_mixed(tmp_path: Path) -> None:
     assert len(History(tmp_path / "it").steps) == 6
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("where", ["below a file", "a disk that becomes full", "a disk that is full"])
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, where: str) -> None:
     given = regression_data(40)
@@ -593,6 +598,7 @@ def test_entries_clipped_by_value_are_recorded(tmp_path: Path) -> None:
     assert np.isnan(rows["coef"]).all()
 
 
+@pytest.mark.processes
 def test_rank_zero_alone_writes(tmp_path: Path) -> None:
     given = [gradients(6, seed=rank) for rank in range(2)]
 
@@ -623,6 +629,7 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
     assert norms == pytest.approx(np.array(expected), rel=1e-6)
 
 
+@needs_report
 def test_markup_in_names_of_a_trained_run_is_text(tmp_path: Path) -> None:
     class Naughty(Prescribed):
         def __init__(self) -> None:
