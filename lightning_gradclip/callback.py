@@ -31,7 +31,8 @@ class GradientClipping(KnownArguments, Callback):
 
     Every optimizer of the module gets a clipper of its own, with its own copy of the method. Works under automatic
     and manual optimization, gradient accumulation and AMP. The metrics are those of `Clipper.metrics`, prefixed with
-    `name/`; with several optimizers the optimizer's index follows the name.
+    `name/`, norms of scopes with `name_norm/`; with several optimizers the optimizer's index follows. Loggers get them
+    at log events, `trainer.callback_metrics` has those of the steps since the last one for whoever asks.
 
     Args:
         method: How to clip, such as `NormClip(max_norm=1.0)`; None, written out, measures and logs only.
@@ -60,6 +61,8 @@ class GradientClipping(KnownArguments, Callback):
         process_group: The ranks over which different parameters are held, such as the stages of a pipeline or local
             experts, whose norms are to be one: the name of a dimension of the mesh that the module or its parameters
             lie on, or a ProcessGroup or DeviceMesh. None: ranks hold the same parameters, or pieces of them.
+        old_names: Whether norms of scopes are logged as `name/norm/<scope>`, as in 0.1.0, which MLflow's file store
+            cannot keep beside `name/norm`. For this release only.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -87,6 +90,7 @@ class GradientClipping(KnownArguments, Callback):
         histograms: bool = False,
         fold: bool = False,
         process_group: Any = None,
+        old_names: bool = False,
     ) -> None:
         self._options = Options(
             method,
@@ -118,6 +122,7 @@ class GradientClipping(KnownArguments, Callback):
         self.histograms = checks.flag("histograms", histograms)
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
+        self.old_names = checks.flag("old_names", old_names)
         self._handover: Handover | None = None
         self._last_batch = 0
         self._had_backward = False
@@ -166,6 +171,8 @@ class GradientClipping(KnownArguments, Callback):
             self._watch = Watch(trainer, pl_module, self, served, self._disclaimed, self._options)
         self._clippers.expect(count)
         self._publisher = self._publishing(several=several)
+        if self._logs:
+            self._publisher.attend(trainer, self._clippers)
         opening = history_opening(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
         norms = self._recorder.state_dict()
         self._recorder = Recorder(self._clippers, opening, histograms=self.histograms and trainer.is_global_zero)
@@ -220,13 +227,6 @@ class GradientClipping(KnownArguments, Callback):
             if self._watch is not None:
                 self._watch.look_again(lightning.batches(trainer))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Checkpoints and early stopping may look at the end of validation, before the next log event.
-        if self._logs and not trainer.sanity_checking:
-            self._publisher.preview(trainer, self._clippers)
-
-    on_train_epoch_end = on_validation_start
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._watch is not None:
             self._watch.conclude(self._batches)
@@ -242,6 +242,7 @@ class GradientClipping(KnownArguments, Callback):
         else:
             lost = isinstance(exception, RuntimeError) and not isinstance(exception, torch.OutOfMemoryError)
             self._recorder.close(device_answers=not lost)
+            self._publisher.leave(trainer, device_answers=not lost)
 
     def state_dict(self) -> dict[str, Any]:
         norms = self._recorder.state_dict()
@@ -267,7 +268,8 @@ class GradientClipping(KnownArguments, Callback):
         return conflicts.served(trainer, pl_module, self._options, self.optimizer)
 
     def _publishing(self, *, several: bool) -> Publisher:
-        return Publisher(self.name, every=self.log_every_n_steps, prog_bar=self.prog_bar, several=several)
+        every, in_bar = self.log_every_n_steps, self.prog_bar
+        return Publisher(self.name, every=every, prog_bar=in_bar, several=several, old_names=self.old_names)
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         model = lightning.whole_model(trainer, pl_module)
@@ -286,9 +288,9 @@ class GradientClipping(KnownArguments, Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Record and log what is left, which is done only once; without a step what a checkpoint held is kept."""
-        if not self._clippers:
-            return
-        norms = self._recorder.take_norms()
-        self._recorder.close()
-        if self._logs:
-            self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
+        if self._clippers:
+            norms = self._recorder.take_norms()
+            self._recorder.close()
+            if self._logs:
+                self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
+        self._publisher.leave(trainer)

@@ -22,7 +22,7 @@ from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
 from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.record.step import StepStats
-from lightning_gradclip.record.window import Reader, Recorded, Window
+from lightning_gradclip.record.window import Reader, Recorded, Window, WindowNumbers
 from lightning_gradclip.select.parameters import Names, Selection
 
 # What is smaller than a parameter is measured and written in its own way.
@@ -111,8 +111,8 @@ class Clipper(Recorded):
         options: Options,
         readers: Iterable[Reader],
     ) -> None:
-        super().__init__(Window(*readers))
         own = Unlimited() if options.method is None else copy.deepcopy(options.method)
+        super().__init__(Window(*readers, by_entry=own.per == "element"))
         self._policy, self._optimizer = options.policy, optimizer
         self._writes = self._policy.writes
         self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
@@ -184,22 +184,14 @@ class Clipper(Recorded):
             verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed)
             return self._recorded(verdict, self._steps if at is None else at)
 
-    def metrics(self) -> dict[str, float]:
-        """The window since the last call, aggregated over all its steps, and cleared.
+    def numbers(self) -> WindowNumbers:
+        found = super().numbers()
+        # Of a window without a finite step there is nothing to tell.
+        return found._replace(metrics=found.metrics | self._felt()) if "norm" in found.metrics else found
 
-        Returns:
-            `norm`, `norm_clipped` (means over the finite steps), `norm_max`, `limit` (with one finite limit),
-            `coef_min`, `clip_rate` (share of the steps that changed anything), `clipped` (mean fraction of the scopes
-            over their limit, or of the entries outside the bounds, where there are several), `skipped` and `nonfinite`
-            (counts since the start), `overflows` (the same, under a GradScaler), `norm/<scope>` with `measure_per`,
-            `stalled` (share of the parameters that clipping leaves less than an optimizer of Adam's kind can feel).
-            Without a finite step the norms are left out.
-        """
+    def take(self) -> WindowNumbers:
         self._skips.review(self._steps - 1)
-        return super().metrics() | self._felt()
-
-    def peek(self) -> dict[str, float]:
-        return super().peek() | self._felt()
+        return super().take()
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,5 @@
 """From what a step would do, which its outcome says, to what is done: guard, write or drop, learn."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradclip.act import left_out, skips
 from lightning_gradclip.act import scaler as scaling
-from lightning_gradclip.act import skips
 from lightning_gradclip.act.fold import Fold, require_all
 from lightning_gradclip.act.policy import Policy
 from lightning_gradclip.act.skips import Skips
@@ -46,10 +45,17 @@ class Actor:
             require_all(selection)
 
     def act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
-        """Guard, write and learn. Only a host row can stop or change what happens next.
+        """Guard, write and learn.
 
         A scaler is one that is enabled; `detailed` counts where it is measured once more.
         """
+        verdict = self._act(outcome, step, scaler, detailed=detailed)
+        if scaler is not None and self._writes and self._optimizer is not None:
+            left_out.spare_first_(scaler, self._optimizer)
+        return verdict
+
+    def _act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
+        """Only a host row can stop or change what happens next."""
         row = outcome.row
         if isinstance(row, Tensor):
             return self._act_on_device(outcome, row, scaled=scaler is not None)
@@ -117,10 +123,7 @@ class Actor:
         reason = why() if self._skips.speaks(bounded=not scaled) else ""
         write.drop_(self._selection.owned)
         count = partial(self._skips.add, step, reason, warn=ranks.is_first_rank(), bounded=not scaled)
-        # Where nobody looks at the norm after clipping, dropped steps do not count as ones that were looked at.
-        unknown = row.finite and math.isnan(row.norm_clipped)
-        after = math.nan if unknown else 0.0
-        return Verdict(outcome, amended(row, skipped=1.0, changed=1.0, coef=0.0, norm_clipped=after), count)
+        return Verdict(outcome, dropped(row), count)
 
     def _culprits(self) -> str:
         gradients = read.gradients_of(self._selection, settled=self._writes)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradclip.act import left_out
 from lightning_gradclip.gradients.write import Change, ScaleAll
 from lightning_gradclip.select.parameters import Selection
 
@@ -32,18 +33,8 @@ class Fold:
         self._optimizer.register_step_post_hook(self._take_back)
 
     def can_leave_out(self, *, alike: bool) -> bool:
-        """Whether a step that the optimizer leaves out changes nothing.
-
-        In its first step torch's fused SGD takes memory for its momentum, which it would leave as it finds it. Where
-        the answer must be `alike` on all ranks, it does not depend on which gradients are here.
-        """
-        for group in self._optimizer.param_groups:
-            if not group.get("momentum"):
-                continue
-            first = next((one for one in group["params"] if one.grad is not None), None)
-            if alike or (first is not None and not self._optimizer.state.get(first)):
-                return False
-        return True
+        """Whether a step that the optimizer leaves out changes nothing; see `left_out`."""
+        return left_out.changes_nothing(self._optimizer, alike=alike)
 
     def hand(self, change: Change | None, drops: Tensor | None, *, scaled: bool) -> None:
         """Have the next step multiply all gradients by one coefficient, if any, and leave itself out if `drops` is 1.

@@ -50,6 +50,12 @@ def agree(scaler: GradScaler, optimizer: Optimizer, finite: float | torch.Tensor
             one.fill_(1.0)
 
 
+def overflows(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the scaler has found that it will drop this step, which makes the host wait for the device."""
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]  # pyright: ignore[reportPrivateUsage]
+    return any(bool(layout.local(one).any()) for one in found.values())
+
+
 def pending_scale(scaler: GradScaler, optimizer: Optimizer) -> float | torch.Tensor:
     """The factor that the gradients still carry: on a device a tensor, which makes nobody wait."""
     if is_unscaled(scaler, optimizer):

@@ -66,8 +66,9 @@ class EntryLimiter(Limiter):
             after = norms.joint_norm(known.norms[1] / scale, p)
             clipped = outside / (self._counts(each) * self._present(gradients, known, each)).sum().clamp_min(1.0)
         else:
-            # Nobody has looked closely.
-            after, clipped = joint * math.nan, outside.where(outside == 0, math.nan)
+            # Nobody has looked closely at those that have some outside.
+            within = outside == 0
+            after, clipped = joint.where(within, math.nan), outside.where(within, math.nan)
         row = row_of(joint, after, limit=high, coef=math.nan, clipped=clipped, changed=outside > 0)
         measured = self._measured_norms(gradients, known, each)
         change = Clamp(low, high, places)

@@ -61,7 +61,7 @@ class Sizes:
     sizes: Tensor  # the statistic that the method limits, of each scope
     weights: Tensor | None  # the same of the weights, where the method wants it
     measured: Tensor | None  # as in `Outcome`
-    nothing: bool
+    known: Reduced  # what all ranks know of it
 
 
 class Limiter(ABC):
@@ -127,7 +127,9 @@ class Limiter(ABC):
         return flags if self._reducer is None else self._reducer.anywhere(flags)
 
     @final
-    def _limited(self, found: Sizes, step: int, change: Callable[[Tensor], Change], *, on_host: bool) -> Outcome:
+    def _limited(
+        self, gradients: Tensors, found: Sizes, step: int, change: Callable[[Tensor], Change], *, on_host: bool
+    ) -> Outcome:
         """From sizes to an outcome, as tensors; `change` is what coefficients, `(S,)`, do to the gradients."""
         method, sizes = self._method, found.sizes
         self.learned.arrange(self.scopes, sizes)
@@ -140,7 +142,7 @@ class Limiter(ABC):
         looks = sizes.is_cpu and not method.may_grow
         if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
             row = row_of(norm, norm, limit=float(limit))
-            return Outcome(sizes, limits, None, row, found.measured, found.nothing)
+            return Outcome(sizes, limits, None, row, found.measured, found.known.nothing)
         wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
         coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
         some = coefs.numel() > 0
@@ -149,10 +151,26 @@ class Limiter(ABC):
             norms.joint_norm(found.norms * coefs, method.norm_type),
             limit=limit,
             coef=coefs.amin() if some else 1.0,
-            clipped=((sizes > limits) & finite).to(wide).mean() if some else 0.0,
+            clipped=((sizes > limits) & finite).to(wide).sum() / self._scopes_there(gradients, found.known),
             changed=(coefs != 1).any(),
         )
-        return Outcome(sizes, limits, change(coefs), read_row(row, on_host), found.measured, found.nothing)
+        return Outcome(sizes, limits, change(coefs), read_row(row, on_host), found.measured, found.known.nothing)
+
+    @final
+    def _scopes_there(self, gradients: Tensors, known: Reduced) -> int | Tensor:
+        """The number of scopes of which some parameter has a gradient, at least 1; without looking at a device."""
+        scopes = self.scopes
+        if known.present is not None:
+            there = (known.present > 0).to(known.present)
+            index = scopes.index_on(there.device)
+            in_scopes = there[index] if isinstance(scopes, Units) else _any_of(there, index, scopes.count)
+            return in_scopes.sum().clamp_min(1.0)
+        if type(None) not in set(map(type, gradients)):
+            return max(1, scopes.count)
+        present = [place for place, one in enumerate(gradients) if one is not None]
+        if isinstance(scopes, Units):
+            return max(1, sum(scopes.counts[place] for place in present))
+        return max(1, len({scopes.index[place] for place in present}))
 
     @final
     def _is_lost(self, outcome: Outcome) -> bool:
@@ -195,7 +213,12 @@ class Limiter(ABC):
             return None
         found = norms.scope_norms(of_parameters, self.measured, self._method.norm_type)
         index, present = self.measured.index_on(found.device), self._present(gradients, known, found)
-        return found.where(torch.zeros_like(found).index_add_(0, index, present) > 0, math.nan)
+        return found.where(_any_of(present, index, len(found)) > 0, math.nan)
+
+
+def _any_of(flags: Tensor, index: Tensor, count: int) -> Tensor:
+    """For each of `count` groups 1 if a flag of it is, else 0, `(count,)`, from flags and the group of each, `(P,)`."""
+    return flags.new_zeros(count).index_add_(0, index, flags).clamp_max_(1.0)
 
 
 def read_row(row: Tensor, on_host: bool) -> Row | Tensor:
@@ -229,10 +252,10 @@ class ScopeLimiter(Limiter):
         outcome = self._judge_in_floats(gradients, step, scale) if in_floats else None
         if outcome is None:
             sizes = self._sizes(gradients, self._gradients.each(gradients), scale)
-            outcome = self._limited(sizes, step, self._change, on_host=on_host)
+            outcome = self._limited(gradients, sizes, step, self._change, on_host=on_host)
             if self._is_lost(outcome):
                 sizes = self._sizes(gradients, exact_norms(gradients, self._method.norm_type), scale)
-                outcome = self._limited(sizes, step, self._change, on_host=on_host)
+                outcome = self._limited(gradients, sizes, step, self._change, on_host=on_host)
         return outcome
 
     def _change(self, coefs: Tensor) -> Change:
@@ -251,7 +274,7 @@ class ScopeLimiter(Limiter):
         weights = norms.scope_norms(known.norms[1], self._scopes, p) if method.needs_weight else None
         joint = of_scopes[0] if len(of_scopes) == 1 else norms.joint_norm(each, p)
         measured = self._measured_norms(gradients, known, each)
-        return Sizes(of_scopes, joint, sizes, weights, measured, known.nothing)
+        return Sizes(of_scopes, joint, sizes, weights, measured, known)
 
     def _root_counts(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""

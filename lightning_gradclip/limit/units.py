@@ -25,10 +25,10 @@ class UnitLimiter(Limiter):
         self, gradients: Tensors, step: int, scale: float | Tensor = 1.0, *, on_host: bool, detailed: bool
     ) -> Outcome:
         sizes = self._sizes(gradients, self._of_gradients.each(gradients), scale)
-        outcome = self._limited(sizes, step, self._change, on_host=on_host)
+        outcome = self._limited(gradients, sizes, step, self._change, on_host=on_host)
         if self._is_lost(outcome):
             sizes = self._sizes(gradients, self._of_gradients.exact(gradients), scale)
-            outcome = self._limited(sizes, step, self._change, on_host=on_host)
+            outcome = self._limited(gradients, sizes, step, self._change, on_host=on_host)
         return outcome
 
     def _serve(self, served: Selection) -> Units:
@@ -61,7 +61,7 @@ class UnitLimiter(Limiter):
             of_parameters = norms.grouped_norms(wide, self._units.index_on(each.device), len(self.served.params), p)
             measured = self._measured_norms(gradients, known, of_parameters)
         joint = each[0].to(norms.widest(each.device)) if len(each) == 1 else norms.joint_norm(each, p)
-        return Sizes(each, joint, sizes, known.norms[1] if method.needs_weight else None, measured, known.nothing)
+        return Sizes(each, joint, sizes, known.norms[1] if method.needs_weight else None, measured, known)
 
     def _alike(self, found: Tensor, gradients: Tensors) -> Tensor:
         """The same in a dtype that does not depend on which gradients a rank happens to have."""

@@ -118,7 +118,7 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
         """Add the metrics to what the Trainer logs of the training; the reporters come after this callback."""
         if self._clipper is None or logs is None or not _IN_TRAINING & logs.keys() or not self._clipper.has_news:
             return
-        metrics = {f"{self._name}/{key}": value for key, value in self._clipper.metrics().items()}
+        metrics = self._clipper.take().keyed(self._name)
         logs.update(metrics)
         if state.log_history:
             # The Trainer has kept a copy by now.

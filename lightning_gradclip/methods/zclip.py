@@ -5,8 +5,9 @@ with s the standard deviation, and where z > z_threshold the limit is
 - mode="reciprocal": clip_factor * (mu + z_threshold * s / (z / z_threshold)),
 - mode="mean": clip_factor * mu,
 - mode="max": clip_factor * (mu + z_threshold * s), where x exceeds mu + z_threshold * s.
-A `max_norm` limits in addition, during the warm-up too. After acting, with v the size to remember, mu = alpha * mu +
-(1 - alpha) * v, then variance = alpha * variance + (1 - alpha) * (v - mu)**2.
+Where x is no spike the limit is the largest size that is none. A `max_norm` limits in addition, during the warm-up
+too. After acting, with v the size to remember, mu = alpha * mu + (1 - alpha) * v, then variance = alpha * variance +
+(1 - alpha) * (v - mu)**2.
 
 Source: A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv
 2504.02507, 2025; memory="faithful" equals `zclip` 1.0.0, whose names are "zscore" with "adaptive_scaling" or "mean",
@@ -83,7 +84,10 @@ class ZClip(ClipMethod):
         return {"mean": zeros, "var": zeros, "count": torch.zeros_like(size, dtype=torch.long)}
 
     def limit(self, size: Number, weight: Tensor | None, step: int) -> Number:
-        limit = self._spike_limit(size)
+        is_spike, cut, highest = self._judged(size)
+        # Rounding must not put a size that is no spike over its limit.
+        limit = where(is_spike, cut, maximum(highest, size))
+        limit = where(self.state["count"] >= self.warmup, limit, math.inf)
         return limit if self.max_norm is None else minimum(limit, value_at(self.max_norm, step))
 
     def update(self, size: Number, limit: Number, active: Truth) -> None:
@@ -94,8 +98,8 @@ class ZClip(ClipMethod):
             spread = maximum(sqrt(var), 0.01 * mean)
             kept = minimum(size, mean + self.z_threshold * spread)
         else:
-            cut = self._spike_limit(size)
-            kept = where(cut < math.inf, cut, size)
+            is_spike, cut, _ = self._judged(size)
+            kept = where(is_spike, cut, size)
         # Running moments of the first sizes, exponential ones of the later: both move by a share of the difference.
         share = where(warm, divide(1.0, real(count + 1, mean)), 1.0 - self.alpha)
         difference = where(warm, size, kept) - mean
@@ -106,15 +110,14 @@ class ZClip(ClipMethod):
             "count": count + active,
         }
 
-    def _spike_limit(self, size: Number) -> Number:
-        """What spikes are cut to, `(S,)`; +inf where there is none."""
+    def _judged(self, size: Number) -> tuple[Truth, Number, Number]:
+        """Whether sizes are spikes, what they are cut to then, and the largest size that is none; `(S,)` each."""
         mean, std = self.state["mean"], sqrt(self.state["var"])
+        if self.mode == "max":
+            highest = mean + self.z_threshold * std
+            return size > highest, self.clip_factor * highest, highest
         z = divide(size - mean, std + 1e-6)
-        highest = mean + self.z_threshold * std
+        cut = mean
         if self.mode == "reciprocal":
-            is_spike, cut = z > self.z_threshold, mean + self.z_threshold * std * divide(self.z_threshold, z)
-        elif self.mode == "mean":
-            is_spike, cut = z > self.z_threshold, mean
-        else:
-            is_spike, cut = size > highest, highest
-        return where(is_spike & (self.state["count"] >= self.warmup), self.clip_factor * cut, math.inf)
+            cut = mean + self.z_threshold * std * divide(self.z_threshold, z)
+        return z > self.z_threshold, self.clip_factor * cut, mean + self.z_threshold * (std + 1e-6)

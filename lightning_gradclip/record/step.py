@@ -13,7 +13,8 @@ from lightning_gradclip.select.scopes import Scopes, Units
 class Row(NamedTuple):
     """One step in numbers; on the device a tensor `(len(Row._fields),)` in this order.
 
-    Flags are 1.0 or 0.0.
+    Flags are 1.0 or 0.0. `norm` is not finite where gradients were not and stayed so. Of a dropped step `norm_clipped`
+    and `coef` are 0.
     """
 
     norm: float
@@ -80,12 +81,12 @@ class StepStats:
 
     @property
     def norm(self) -> Tensor:
-        """Joint p-norm of the selected gradients before clipping, after unscaling and averaging, 0-d."""
+        """Joint p-norm of the selected gradients before clipping, after unscaling, averaging and zeroing, 0-d."""
         return self._field("norm")
 
     @property
     def norm_clipped(self) -> Tensor:
-        """Joint p-norm of what the optimizer receives, 0-d; 0 for a dropped step."""
+        """Joint p-norm of what the optimizer receives, 0-d; 0 for a dropped step, NaN where nobody looked."""
         return self._field("norm_clipped")
 
     @property
@@ -100,12 +101,12 @@ class StepStats:
 
     @property
     def clipped(self) -> Tensor:
-        """Fraction of the scopes over their limit, 0-d; of the entries outside the bounds for clipping by value."""
+        """Of the scopes that had a gradient the fraction over their limit, 0-d; by value, of the entries outside."""
         return self._field("clipped")
 
     @property
     def finite(self) -> Tensor:
-        """Whether every selected gradient was finite, 0-d boolean."""
+        """Whether every selected gradient was finite, before any was zeroed, 0-d boolean."""
         return self._field("finite") != 0
 
     @property
@@ -128,7 +129,8 @@ def row_of(norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped
         norm_clipped: After; NaN where nobody looked.
         limit: The limit of the only scope, else NaN.
         coef: The smallest factor; NaN where none is applied.
-        clipped: Share of the scopes over their limit, or of the entries outside the bounds; NaN where nobody counted.
+        clipped: Of the scopes with a gradient the share over their limit, or of the entries the share
+            outside the bounds; NaN where nobody counted.
         changed: Whether any gradient is to be written, 1 or 0.
     """
     if not isinstance(norm, Tensor):
@@ -144,19 +146,26 @@ def amended(row: Row | Tensor, **fields: Any) -> Any:
     return row._replace(**fields) if isinstance(row, Row) else torch.stack([*_named(row)._replace(**fields)])
 
 
-def dropped(row: Tensor, flag: Tensor) -> Tensor:
-    """The row of a step that a device drops where `flag`, 0-d, is 1."""
-    fields, kept = _named(row), flag == 0
-    coef, norm_clipped = fields.coef.where(kept, 0.0), fields.norm_clipped.where(kept, 0.0)
-    changed = torch.maximum(fields.changed, flag)
-    return amended(row, skipped=flag, changed=changed, coef=coef, norm_clipped=norm_clipped)
+def dropped(row: Row | Tensor, drops: float | Tensor = 1.0) -> Any:
+    """The row of a step that is dropped where `drops`, on a device 0-d, is 1."""
+    fields = _named(row)
+    changed = torch.maximum(fields.changed, drops) if isinstance(drops, Tensor) else 1.0
+    return amended(row, skipped=drops, changed=changed, **_left(fields, drops))
 
 
 def overflowing(row: Row | Tensor) -> Any:
     """The row of a step that a GradScaler drops if it is not finite."""
     fields = _named(row)
     drops = 1 - fields.finite
-    return amended(row, overflow=drops, skipped=drops, changed=fields.changed * fields.finite)
+    return amended(row, overflow=drops, skipped=drops, changed=fields.changed * fields.finite, **_left(fields, drops))
+
+
+def _left(fields: Any, drops: float | Tensor) -> dict[str, Any]:
+    """What the optimizer receives: of a step that is dropped, nothing."""
+    names = ("coef", "norm_clipped")
+    if isinstance(drops, Tensor):
+        return {name: getattr(fields, name).where(drops == 0, 0.0) for name in names}
+    return dict.fromkeys(names, 0.0) if drops else {}
 
 
 def _named(row: Row | Tensor) -> Any:

@@ -2,6 +2,11 @@
 
 A step costs three appends. When somebody looks, or the buffer is full, its steps go in one copy to the host, from there
 to the readers, such as a history, and, when the window is asked for its metrics, into running aggregates.
+
+One rule says which steps the metrics of a window cover: all of those whose norm is finite, as it is too where entries
+that were not have been replaced by zero. The others are counted, and there is nothing else to say of them. So numbers
+of one window can be held against each other: what is not known of some of its steps is left out, never averaged over
+the rest. (A norm of a scope is averaged over those of the steps in which it had a gradient.)
 """
 
 import math
@@ -19,6 +24,8 @@ from lightning_gradclip.record.step import Row
 # Below a mebibyte of rows and two of norms, however rarely somebody looks.
 _CAPACITY = 1024
 _SCOPE_ENTRIES = 2**18
+
+_NORM = Row._fields.index("norm")
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 
@@ -41,10 +48,11 @@ Reader: TypeAlias = Callable[[Packed], None]
 class Window:
     """Every step since the last `clear`, in bounded memory, and counts since the start.
 
-    Each of the readers is told of every step once, in order, many at a time.
+    Each of the readers is told of every step once, in order, many at a time. With `by_entry` steps have no factor, and
+    `clipped` is a share of entries.
     """
 
-    def __init__(self, *readers: Reader) -> None:
+    def __init__(self, *readers: Reader, by_entry: bool = False) -> None:
         self._readers = readers
         self._step_numbers: list[int] = []
         self._rows: list[Row | Tensor] = []
@@ -55,7 +63,7 @@ class Window:
         self._rows_seen: list[Numbers] = []
         self._norms_seen: list[Numbers] = []
         self._count_seen = 0
-        self._aggregate = Aggregate()
+        self._aggregate = Aggregate(by_entry=by_entry)
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
         self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
@@ -92,7 +100,8 @@ class Window:
         self._rows_seen.append(packed.rows)
         self._count_seen += len(packed.rows)
         if packed.scopes:
-            self._norms_seen.append(packed.norms)
+            covered = np.isfinite(rows[:, _NORM, None])
+            self._norms_seen.append(np.where(covered, packed.norms, np.nan))
         if self._disclaimed and self._readers:
             packed = packed._replace(rows=_without(packed.rows, "norm_clipped"))
         for reader in self._readers:
@@ -101,15 +110,19 @@ class Window:
     def compute(self) -> dict[str, float]:
         """Means, maximum, minimum and rate over the steps since the last `clear`; counts since the start.
 
-        Without a finite step in the window its norms are left out.
+        Left out is what is not known of every step with a finite norm, and without such a step all but the counts.
         """
         self._fold()
         result = self._aggregate.compute() if self._aggregate.update_called else {}
         if self._disclaimed:
             result.pop("norm_clipped", None)
         result.update((name, count) for name, count in self._since_start.items() if count or name != "overflows")
-        result.update((f"norm/{name}", total / count) for name, (total, count) in self._by_scope.items() if count)
         return result
+
+    def scope_norms(self) -> dict[str, float]:
+        """Of the measured scopes the mean norm over the same steps, but for those in which a scope had no gradient."""
+        self._fold()
+        return {name: total / count for name, (total, count) in self._by_scope.items() if count}
 
     def clear(self) -> None:
         """Begin a new window; the counts go on."""
@@ -181,6 +194,28 @@ class Window:
             self._by_scope[name] = (before[0] + total, before[1] + count)
 
 
+class WindowNumbers(NamedTuple):
+    """What the steps of a window come to: metrics by name, and norms by measured scope."""
+
+    metrics: dict[str, float]
+    scope_norms: dict[str, float]
+
+    def flat(self) -> dict[str, float]:
+        """All in one."""
+        return self.metrics | {f"norm/{scope}": norm for scope, norm in self.scope_norms.items()}
+
+    def keyed(self, name: str, index: int | None = None) -> dict[str, float]:
+        """All in one under the name of who logs them, by the index of an optimizer, if given.
+
+        No key is a path that another goes on from, which to some stores would be a file and a folder: metrics begin
+        with `name/`, norms of scopes with `name_norm/`.
+        """
+        part = "" if index is None else f"{index}/"
+        # A layer of a ModuleDict may be called "a/b", beside another called "a".
+        scopes = {f"{name}_norm/{part}{scope.replace('/', '-')}": norm for scope, norm in self.scope_norms.items()}
+        return {f"{name}/{part}{metric}": value for metric, value in self.metrics.items()} | scopes
+
+
 class Recorded:
     """What keeps a record of its steps: the common part of a clipper and of what stands in for one."""
 
@@ -192,6 +227,11 @@ class Recorded:
     def serves_any(self) -> bool:
         """Whether there is any parameter to serve."""
         return True
+
+    @property
+    def steps(self) -> int:
+        """Steps recorded since the start."""
+        return self._steps
 
     @property
     def has_news(self) -> bool:
@@ -212,14 +252,35 @@ class Recorded:
         self._window.disclaim()
 
     def metrics(self) -> dict[str, float]:
-        """The window since the last call, aggregated over all its steps, and cleared."""
-        result = self._window.compute()
-        self._window.clear()
-        return result
+        """The window since the last call, aggregated, and cleared.
+
+        Returns:
+            Over the steps whose norm is finite, also those that were dropped for their size and those in which entries
+            were replaced by zero: `norm`, `norm_clipped` (means), `norm_max`, `limit` (mean), `coef_min`, `clip_rate`
+            (share of the steps that changed anything), `clipped` (mean share of the scopes with a gradient that were
+            over their limit, or of the entries outside the bounds, where there are several). What is not known of all
+            these steps is left out, such as the limit while a method has not learned one yet. `norm/<scope>` with
+            `measure_per`: mean over those of the steps in which it had a gradient.
+
+            Of all steps since the start: `skipped` and `nonfinite` (counts), and `overflows` (dropped by a GradScaler,
+            and in neither of the two). Of the step that was looked at last for it: `stalled`, the share
+            of the parameters that clipping leaves less than an optimizer of Adam's kind can feel.
+        """
+        return self.take().flat()
 
     def peek(self) -> dict[str, float]:
         """`metrics()` without clearing the window."""
-        return self._window.compute()
+        return self.numbers().flat()
+
+    def numbers(self) -> WindowNumbers:
+        """The open window, with the norms of scopes apart."""
+        return WindowNumbers(self._window.compute(), self._window.scope_norms())
+
+    def take(self) -> WindowNumbers:
+        """The same, and clear it."""
+        result = self.numbers()
+        self._window.clear()
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Step and open window; tensors and plain types only."""
@@ -247,44 +308,38 @@ class Aggregate(Metric):
     norm_max: Tensor
     coef_min: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_entry: bool) -> None:
         super().__init__(sync_on_compute=False)
+        self._by_entry = by_entry
         zeros = [0.0] * len(_MEANS)
         for name, value in {"sums": zeros, "counts": zeros, "norm_max": -math.inf, "coef_min": math.inf}.items():
             self.add_state(name, torch.tensor(value, dtype=torch.float64, device="cpu"), persistent=True)
 
     def update(self, rows: Tensor) -> None:
         """Take in the rows of some steps, `(N, len(Row._fields))`, float64, on the host."""
-        if not len(rows):
+        columns = dict(zip(Row._fields, rows[torch.isfinite(rows[:, _NORM])].unbind(1), strict=True))
+        norm, coef, limit = columns["norm"], columns["coef"], columns["limit"]
+        if not len(norm):
             return
-        columns = dict(zip(Row._fields, rows.unbind(1), strict=True))
-        finite, coef, limit = columns["finite"] != 0, columns["coef"], columns["limit"]
-        # NaN where nobody has looked.
-        looked = finite & ~torch.isnan(columns["norm_clipped"])
-        # With one scope it would say the same as the rate.
-        several = torch.isnan(limit) | torch.isnan(coef)
-        counted = {
-            "norm": finite,
-            "norm_clipped": looked,
-            "limit": finite & torch.isfinite(limit),
-            "clip_rate": torch.ones_like(finite),
-            "clipped": looked & several,
-        }
-        masks = torch.stack([counted[name] for name in _MEANS])
+        if not self._by_entry:
+            # With one scope it would say the same as the rate.
+            columns["clipped"] = columns["clipped"].where(torch.isnan(limit), math.nan)
         values = torch.stack([columns[field] for field in _MEANS.values()])
-        self.sums += torch.where(masks, values, 0.0).sum(1)
-        self.counts += masks.sum(1)
-        self.norm_max = torch.maximum(self.norm_max, columns["norm"].where(finite, -math.inf).amax())
-        # NaN where no factor is applied.
-        smallest = coef.where(finite & torch.isfinite(coef), math.inf).amin()
-        self.coef_min = torch.minimum(self.coef_min, smallest)
+        known = torch.isfinite(values)
+        self.sums += torch.where(known, values, 0.0).sum(1)
+        self.counts += known.sum(1)
+        self.norm_max = torch.maximum(self.norm_max, norm.amax())
+        self.coef_min = torch.minimum(self.coef_min, coef.amin())
 
     def compute(self) -> dict[str, float]:
-        """By name, in the order in which they are logged; what no step had is left out."""
+        """By name, in the order in which they are logged; what is not known of every step is left out."""
         pairs = zip(_MEANS, self.sums.tolist(), self.counts.tolist(), strict=True)
-        means = {name: total / count for name, total, count in pairs if count}
+        steps = self.counts[0].item()
+        means = {name: total / count for name, total, count in pairs if count == steps > 0}
         extremes = {"norm_max": self.norm_max.item(), "coef_min": self.coef_min.item()}
-        found = means | {name: value for name, value in extremes.items() if abs(value) != math.inf}
+        if self._by_entry:
+            del extremes["coef_min"]
+        found = means | {name: value for name, value in extremes.items() if math.isfinite(value)}
         order = ("norm", "norm_clipped", "norm_max", "limit", "coef_min", "clip_rate", "clipped")
         return {name: found[name] for name in order if name in found}
 

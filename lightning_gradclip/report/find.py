@@ -18,7 +18,9 @@ from lightning_gradclip.record.history import FORMAT, History, HistoryFormatErro
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.run import Numbers, Run, comparable, from_history
 
-_EVENTS, _MARK = "events.out.tfevents", "clip_rate"
+_EVENTS = "events.out.tfevents"
+# Of every log event of ours one of these is there; without a finite step only the second.
+_RATE, _MARKS = "clip_rate", ("clip_rate", "nonfinite")
 
 # Of each metric the values by step.
 _Points: TypeAlias = Mapping[str, Mapping[int, float]]
@@ -128,28 +130,41 @@ def _from_tensorboard(path: Path) -> Iterator[tuple[Path, Run]]:
 
 def _ours(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What the metrics of each callback and optimizer begin with, such as "gradclip/", and all that begin so."""
-    prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(f"/{_MARK}")]
-    return prefixes, [name for name in names if name.startswith(tuple(prefixes))]
+    prefixes = list(
+        dict.fromkeys(name.removesuffix(mark) for name in names for mark in _MARKS if name.endswith(f"/{mark}"))
+    )
+    wanted = tuple(start for prefix in prefixes for start in (prefix, *_of_scopes(prefix)))
+    return prefixes, [name for name in names if name.startswith(wanted)]
+
+
+def _of_scopes(prefix: str) -> tuple[str, ...]:
+    """What norms of scopes begin with beside "gradclip/": "gradclip_norm/", and in 0.1.0 "gradclip/norm/"."""
+    name, _, index = prefix[:-1].rpartition("/")
+    by_index = (f"{name}_norm/{index}/",) if name and index.isdecimal() else ()
+    return (f"{prefix[:-1]}_norm/", *by_index, f"{prefix}norm/")
 
 
 def _runs(points: _Points, prefixes: list[str], path: Path) -> Iterator[tuple[Path, Run]]:
     for prefix in prefixes:
         own = {name.removeprefix(prefix): values for name, values in points.items() if name.startswith(prefix)}
-        if not own.get(_MARK):
-            raise RunError(f"{path} names {prefix}{_MARK} but holds no value of it")
-        run = _run(own, prefix, name=prefix[:-1] if len(prefixes) > 1 else "")
+        starts = _of_scopes(prefix)
+        scopes = {
+            name.removeprefix(start): points[name] for start in starts for name in points if name.startswith(start)
+        }
+        if not any(own.get(mark) for mark in _MARKS):
+            raise RunError(f"{path} names {prefix}{_RATE} but holds no value of it")
+        run = _run(own, scopes, prefix, name=prefix[:-1] if len(prefixes) > 1 else "")
         yield path if path.is_dir() else path.parent, run
 
 
-def _run(points: _Points, prefix: str, name: str) -> Run:
-    steps = sorted(points[_MARK])
+def _run(points: _Points, scopes: _Points, prefix: str, name: str) -> Run:
+    steps = sorted({step for mark in _MARKS for step in points.get(mark, ())})
 
-    def column(metric: str) -> Numbers:
+    def column(metric: str, points: _Points = points) -> Numbers:
         values = points.get(metric, {})
         return np.array([values.get(step, np.nan) for step in steps], dtype=float)
 
-    scopes = tuple(metric.removeprefix("norm/") for metric in points if metric.startswith("norm/"))
-    norms = [column(f"norm/{scope}") for scope in scopes]
+    norms = [column(scope, scopes) for scope in scopes]
     norm, largest = column("norm"), column("norm_max")
     index = prefix.split("/")[-2]
     return Run(
@@ -162,11 +177,11 @@ def _run(points: _Points, prefix: str, name: str) -> Run:
         norm_clipped=column("norm_clipped"),
         limit=comparable(column("limit"), column("coef_min")),
         coef=column("coef_min"),
-        changed=column(_MARK),
+        changed=column(_RATE),
         skipped=_increments(column("skipped")),
         nonfinite=_increments(column("nonfinite")),
         overflows=_increments(column("overflows")),
-        parts=(ScopePart(0, scopes, np.stack(norms, axis=1).astype(np.float32)),) if scopes else (),
+        parts=(ScopePart(0, tuple(scopes), np.stack(norms, axis=1).astype(np.float32)),) if scopes else (),
         optimizer=int(index) if index.isdecimal() else None,
     )
 

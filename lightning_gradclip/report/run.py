@@ -64,7 +64,8 @@ def from_history(history: History, name: str = "") -> Run:
     rows, segments = history.steps, tuple(history.meta["segments"])
     if not len(rows):
         raise RunError(f"{history.folder} holds no steps yet")
-    finite = rows["finite"] & np.isfinite(rows["norm"])
+    # Also where entries that were not finite have been replaced: the steps that the metrics of a logger cover.
+    finite = np.isfinite(rows["norm"])
     norm = np.where(finite, rows["norm"], np.nan)
     return Run(
         name=name,

@@ -44,6 +44,7 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Any, options: Op
             f"{len(twins)} {kind} callbacks are named {callback.name!r}; give each a name of its own, "
             f"such as name={callback.name + '_2'!r}"
         )
+    _refuse_name_of_scopes(callbacks, callback, options)
     if options.policy.writes:
         _warn_of_finder(callbacks, kind)
 
@@ -112,6 +113,16 @@ def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _refuse_name_of_scopes(callbacks: Sequence[Any], callback: Any, options: Options) -> None:
+    """Refuse a callback whose name is what another's norms of scopes begin with."""
+    kind, name = type(callback), f"{callback.name}_norm"
+    if options.measure_per and any(isinstance(one, kind) and one.name == name for one in callbacks):
+        raise MisconfigurationException(
+            f"a {kind.__name__} callback is named {name!r}, under which {callback.name!r} logs its norms per "
+            f"{options.measure_per}; give it another name, such as name={callback.name + '_2'!r}"
+        )
 
 
 def refuse_unknown(index: int | None, count: int) -> None:

@@ -7,7 +7,7 @@ application that has imported only the second is given that one, and spared the 
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradclip.select import layout
@@ -22,7 +22,8 @@ else:
     from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 __all__ = ["Callback", "LightningModule", "Logger", "MisconfigurationException", "TensorBoardLogger", "Trainer"]
-__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "part_of_mesh", "position", "whole_model"]
+__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "part_of_mesh", "position"]
+__all__ += ["replace_callback_metrics", "whole_model"]
 
 
 def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
@@ -33,6 +34,11 @@ def position(trainer: Trainer, optimizer: Optimizer) -> int | None:
 def batches(trainer: Trainer) -> int:
     """Batches that stepped so far: the step axis on which Lightning logs."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
+
+
+def replace_callback_metrics(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+    """Have `trainer.callback_metrics` be this dictionary."""
+    trainer._logger_connector._callback_metrics = metrics  # pyright: ignore[reportPrivateUsage]
 
 
 def looks_now(trainer: Trainer, every: int | None, *, with_next_step: bool = False) -> bool:

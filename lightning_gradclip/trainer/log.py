@@ -1,33 +1,59 @@
-"""What clippers recorded, to the loggers, `trainer.callback_metrics` and the progress bar."""
+"""What clippers recorded, to the loggers, to who monitors `trainer.callback_metrics`, and to the progress bar."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_gradclip.record.window import Recorded, WindowNumbers
+from lightning_gradclip.trainer import asked
 from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.lightning import Logger, TensorBoardLogger, Trainer, WandbLogger
 
 _IN_BAR = ("norm", "clip_rate")
+# What monitors read as NaN where the gradients of no step were finite.
+_ALWAYS = ("norm", "norm_clipped", "norm_max", "clip_rate")
 
 
 class Publisher:
-    """Aggregates the windows of clippers and publishes them under one name, with `several` by optimizer."""
+    """Aggregates the windows of clippers and publishes them under one name, with `several` by optimizer.
 
-    def __init__(self, name: str, *, every: int | None, prog_bar: bool, several: bool) -> None:
+    With `old_names` norms of scopes begin with `name/norm/`.
+    """
+
+    def __init__(self, name: str, *, every: int | None, prog_bar: bool, several: bool, old_names: bool) -> None:
         self._name, self._every, self._prog_bar, self._several = name, every, prog_bar, several
+        self._old_names = old_names
+        # By optimizer what monitors are told of its latest window; what they were told last, and of which steps.
+        self._told: dict[int, dict[str, float]] = {}
+        self._shown: set[str] = set()
+        self._seen: object = None
 
-    def preview(self, trainer: Trainer, clippers: Clippers) -> None:
-        """Show the open windows to whoever monitors a metric, without ending them."""
-        self._show(trainer, self._metrics(clippers, clear=False))
+    def attend(self, trainer: Trainer, clippers: Clippers) -> None:
+        """Have whoever asks `trainer.callback_metrics` for a metric read the steps since the last log event.
+
+        Just after a log event, the steps before it.
+        """
+        asked.attend(trainer, self._prefixes, partial(self._refresh, clippers))
+
+    def leave(self, trainer: Trainer, *, device_answers: bool = True) -> None:
+        """Leave the metrics as they are now, or as they were when somebody asked last if the device is lost."""
+        asked.leave(trainer, self._prefixes, refreshing=device_answers)
 
     def publish(self, trainer: Trainer, clippers: Clippers, step: int, norms: Mapping[int, Tensor]) -> None:
         """End the windows and write them on Lightning's own step axis, and by optimizer a histogram of these norms."""
-        metrics = self._metrics(clippers, clear=True)
+        metrics: dict[str, float] = {}
+        for index, clipper in _served(clippers):
+            had_steps, numbers = clipper.has_news, clipper.take()
+            metrics |= self._keyed(index, numbers)
+            self._told[index] = self._telling(index, numbers, had_steps=had_steps)
         if not metrics:
             return
-        self._show(trainer, metrics)
+        if self._prog_bar:
+            self._show_in_bar(trainer)
         every = trainer.log_every_n_steps if self._every is None else self._every  # type: ignore[attr-defined]
         if every and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -43,23 +69,50 @@ class Publisher:
                 for logger in trainer.loggers:
                     logger.save()
 
-    def _metrics(self, clippers: Clippers, *, clear: bool) -> dict[str, float]:
-        return {
-            self._prefix(index) + key: value
-            for index, clipper in sorted(clippers.items())
-            if clipper.serves_any and (clear or clipper.has_news)
-            for key, value in (clipper.metrics() if clear else clipper.peek()).items()
-        }
+    @property
+    def _prefixes(self) -> tuple[str, ...]:
+        return f"{self._name}/", f"{self._name}_norm/"
+
+    def _refresh(self, clippers: Clippers, metrics: dict[str, Tensor]) -> None:
+        """Replace what is ours among these metrics by what it is now, unless nothing has happened since."""
+        served = list(_served(clippers))
+        seen = [(index, clipper.steps, clipper.has_news) for index, clipper in served]
+        if seen == self._seen:
+            return
+        self._seen = seen
+        for index, clipper in served:
+            if clipper.has_news:
+                self._told[index] = self._telling(index, clipper.numbers(), had_steps=True)
+        told = {key: value for one in self._told.values() for key, value in one.items()}
+        for key in self._shown - told.keys():
+            metrics.pop(key, None)
+        self._shown = {*told}
+        metrics.update({key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in told.items()})
+
+    def _telling(self, index: int, numbers: WindowNumbers, *, had_steps: bool) -> dict[str, float]:
+        """What monitors are told of a window: where no step was finite, NaN for what they may have read before."""
+        found = self._keyed(index, numbers)
+        if not had_steps or "norm" in numbers.metrics:
+            return found
+        lost = {*self._told.get(index, {}), *(self._prefix(index) + name for name in _ALWAYS)}
+        return dict.fromkeys(sorted(lost), math.nan) | found
+
+    def _keyed(self, index: int, numbers: WindowNumbers) -> dict[str, float]:
+        if self._old_names:
+            return {self._prefix(index) + key: value for key, value in numbers.flat().items()}
+        return numbers.keyed(self._name, index if self._several else None)
 
     def _prefix(self, index: int) -> str:
         return f"{self._name}/{index}/" if self._several else f"{self._name}/"
 
-    def _show(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        tensors = {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in metrics.items()}
-        trainer.callback_metrics.update(tensors)
-        if self._prog_bar:
-            shown = {key: value for key, value in metrics.items() if key.rpartition("/")[2] in _IN_BAR}
-            trainer.progress_bar_metrics.update(shown)  # type: ignore[attr-defined]
+    def _show_in_bar(self, trainer: Trainer) -> None:
+        told = {key: value for one in self._told.values() for key, value in one.items()}
+        shown = {self._prefix(index) + name for index in self._told for name in _IN_BAR}
+        trainer.progress_bar_metrics.update({key: told[key] for key in told if key in shown})  # type: ignore[attr-defined]
+
+
+def _served(clippers: Clippers) -> Iterator[tuple[int, Recorded]]:
+    return ((index, clipper) for index, clipper in sorted(clippers.items()) if clipper.serves_any)
 
 
 def _log_histogram(logger: Logger, key: str, norms: Tensor, step: int) -> None:

@@ -320,11 +320,11 @@ def test_a_backbone_that_joins_in_mid_training_is_clipped_from_then_on(tmp_path:
     )
     assert len(trainer.optimizers[0].param_groups) == 2
     assert [set(step) for step in received.steps] == [set(HEAD)] * 3 + [{*HEAD, *ENCODER}] * 3
-    rows = csv_rows(csv)
+    rows = csv_rows(csv, "gradclip")
     expected = [norm(gave, HEAD) for gave in given] + [norm(gave) for gave in given]
     assert [values["gradclip/norm"] for _, values in rows] == pytest.approx(expected, rel=1e-6)
-    assert ["gradclip/norm/group1" in values for _, values in rows] == [False] * 3 + [True] * 3
-    after = [values["gradclip/norm/group1"] for _, values in rows[3:]]
+    assert ["gradclip_norm/group1" in values for _, values in rows] == [False] * 3 + [True] * 3
+    after = [values["gradclip_norm/group1"] for _, values in rows[3:]]
     assert after == pytest.approx([norm(gave, ENCODER) for gave in given], rel=1e-6)
     for got, size in zip(received.steps, expected, strict=True):
         assert norm(got) == pytest.approx(min(LIMIT, size), rel=1e-6)
@@ -399,9 +399,9 @@ def test_a_compiled_submodule_keeps_its_names(tmp_path: Path) -> None:
         module, csv = Compiled(compiled), CSVLogger(tmp_path, name=str(compiled))
         callback = clipping(include="layers.0.*", measure_per="parameter")
         fit(module, data, callback, logger=csv, log_every_n_steps=1)
-        runs[compiled] = csv_rows(csv), list(weights(module).values())
+        runs[compiled] = csv_rows(csv, "gradclip"), list(weights(module).values())
         assert any("_orig_mod" in name for name in weights(module)) == compiled
-    assert "gradclip/norm/layers.0.weight" in runs[True][0][0][1]
+    assert "gradclip_norm/layers.0.weight" in runs[True][0][0][1]
     assert runs[True][0] == runs[False][0]
     assert all(map(torch.equal, runs[True][1], runs[False][1]))
 

@@ -135,8 +135,8 @@ def test_a_fused_optimizer_under_the_scaler_is_clipped(tmp_path: Path, make: Any
     # The gradients carry the scale when the hook fires; what is measured and clipped does not.
     ((_, values),) = csv_rows(csv)
     expected = aggregate([norm(gradient) for i, gradient in enumerate(given) if i != 3], LIMIT)
-    assert values.pop("gradclip/clip_rate") == sum(norm(g) > LIMIT for i, g in enumerate(given) if i != 3) / 8
-    del expected["gradclip/clip_rate"]
+    # Beside AdamW, of the step that logs.
+    assert values.pop("gradclip/stalled", 0.0) == 0.0
     assert values == pytest.approx({**expected, "gradclip/overflows": 1.0}, rel=1e-6)
     assert plugin.scaler.get_scale() == SCALE / 2
     # Fused kernels round differently: the same kernel without a scaler is the bit-equal reference.

@@ -64,7 +64,8 @@ class TestStepStats:
         assert stats.norm_clipped.item() == pytest.approx(3.0, rel=1e-6)
         assert math.isnan(stats.limit.item())
         assert stats.coef.item() == pytest.approx(0.5, rel=1e-6)
-        assert stats.clipped.item() == 0.5
+        # Of those that have a gradient.
+        assert stats.clipped.item() == pytest.approx(2 / 3, rel=1e-15)
         assert stats.scopes == ("a", "b", "c", "d")
         assert stats.sizes.tolist() == [4, 3, 1, 0]
         assert stats.limits.tolist() == [2, 2, 2, 2]
@@ -359,7 +360,7 @@ class TestMetrics:
         first = clipper.metrics()
         assert (first["norm"], first["norm_max"], first["nonfinite"]) == (3.0, 3.0, 2.0)
         step_with(clipper, pairs, math.nan)
-        assert clipper.metrics() == {"clip_rate": 0.0, "skipped": 0.0, "nonfinite": 3.0}
+        assert clipper.metrics() == {"skipped": 0.0, "nonfinite": 3.0}
 
     def test_dropped_steps_enter_the_rates(self) -> None:
         pairs = scalars("a")
@@ -410,13 +411,13 @@ class TestMetrics:
         assert (result["norm/a"], result["norm/b"]) == (3.0, 1.0)
         assert "norm/c" not in result
 
-    def test_a_non_finite_step_does_not_enter_the_mean_of_its_scope(self) -> None:
+    def test_a_step_that_is_not_finite_does_not_enter_the_mean_of_any_scope(self) -> None:
         pairs = scalars("a", "b")
         clipper = Clipper(pairs, NormClip(), measure_per="parameter", nonfinite="ignore")
         step_with(clipper, pairs, math.nan, 2.0)
         step_with(clipper, pairs, 1.0, 4.0)
         result = clipper.metrics()
-        assert (result["norm/a"], result["norm/b"]) == (1.0, 3.0)
+        assert (result["norm/a"], result["norm/b"]) == (1.0, 4.0)
 
     def test_two_thousand_steps_are_two_thousand_steps(self) -> None:
         pairs = scalars("a")

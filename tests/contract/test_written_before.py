@@ -1,6 +1,7 @@
 """Checkpoints and histories of earlier releases: they load, go on, and limit as they would have then."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -51,7 +52,11 @@ def test_a_checkpoint_resumes(release: str, name: str, tmp_path: Path) -> None:
         assert now["scopes"] == before["scopes"]
         np.testing.assert_allclose(now["norms"], before["norms"], rtol=1e-6, equal_nan=True)
         for column, values in before["rows"].items():
-            np.testing.assert_allclose(now["rows"][column], values, rtol=1e-6, equal_nan=True, err_msg=column)
+            got, wanted = np.array(now["rows"][column]), np.array(values)
+            if column == "limit":
+                # Of a norm that is no spike ZClip had none.
+                got = np.where(np.isposinf(wanted), wanted, got)
+            np.testing.assert_allclose(got, wanted, rtol=1e-6, equal_nan=True, err_msg=column)
     # The state has what it had, so that an older release can go on from it.
     assert found["state"] == expected["state"]
 
@@ -61,8 +66,15 @@ def test_a_checkpoint_resumes(release: str, name: str, tmp_path: Path) -> None:
 def test_a_resumed_run_logs_the_same(release: str, name: str, tmp_path: Path) -> None:
     expected, found = resumed(release, name, tmp_path)
     before = [row for row, step in enumerate(expected["logged"]["step"]) if step >= SAVED_AT]
-    assert found["logged"].keys() == expected["logged"].keys()
-    for key, values in expected["logged"].items():
+    # Norms of scopes have a section of their own; what is not known of every step is not logged any more.
+    partial = {"norm_clipped", "clipped"} if name == "value" else {"limit"}
+    wanted = {
+        re.sub(r"^gradclip/(\d/)?norm/", r"gradclip_norm/\1", key): values
+        for key, values in expected["logged"].items()
+        if key.rpartition("/")[2] not in partial
+    }
+    assert wanted.keys() == {key for key in found["logged"] if key.rpartition("/")[2] not in partial}
+    for key, values in wanted.items():
         np.testing.assert_allclose(
             found["logged"][key], [values[row] for row in before], rtol=1e-6, equal_nan=True, err_msg=key
         )

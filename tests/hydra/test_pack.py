@@ -71,6 +71,7 @@ OPTIONS_OF_THE_CALLBACK = {
     "prog_bar": True,
     "history": "elsewhere",
     "histograms": False,
+    "old_names": True,
 }
 # For methods with a single coefficient.
 NOT_BESIDE_EVERY_METHOD = {"fold"}

@@ -188,16 +188,18 @@ def zclip(
         else:
             sd = math.sqrt(variance)
             z = (size - mean) / (sd + 1e-6)
-            if mode == "reciprocal" and z > z_threshold:
+            is_spike = size > mean + z_threshold * sd if mode == "max" else z > z_threshold
+            if not is_spike:
+                # The largest size that would have been none.
+                limit = mean + z_threshold * (sd if mode == "max" else sd + 1e-6)
+            elif mode == "reciprocal":
                 limit = clip_factor * (mean + z_threshold * sd / (z / z_threshold))
-            elif mode == "mean" and z > z_threshold:
-                limit = clip_factor * mean
-            elif mode == "max" and size > mean + z_threshold * sd:
-                limit = clip_factor * (mean + z_threshold * sd)
+            else:
+                limit = clip_factor * (mean if mode == "mean" else mean + z_threshold * sd)
             if memory == "winsorized":
                 kept = min(size, mean + z_threshold * max(sd, 0.01 * mean))
             else:
-                kept = limit if math.isfinite(limit) else size
+                kept = limit if is_spike else size
             mean = alpha * mean + (1 - alpha) * kept
             variance = alpha * variance + (1 - alpha) * (kept - mean) ** 2
         result.limits.append(min(limit, max_norm))

@@ -124,6 +124,7 @@ class TestLogs:
         callback = GradientClippingCallback(NormClip(max_norm=0.1), name="clip", measure_per="layer")
         trainer = trained(tmp_path, callback, save_strategy="no")
         assert "clip/norm_clipped" in logged(trainer)[0]
+        assert any(key.startswith("clip_norm/") for key in logged(trainer)[0])
         assert any("transformer.h.0.attn" in key for key in logged(trainer)[0])
 
 

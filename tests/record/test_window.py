@@ -21,7 +21,7 @@ OVERFLOW = BAD._replace(norm=math.nan, changed=0.0, overflow=1.0)
 
 
 def rows(count: int, seed: int = 0) -> list[Row]:
-    """Steps of all kinds: clipped or not, dropped, not finite, overflowing."""
+    """Steps of all kinds: clipped or not, dropped, not finite, repaired, overflowing."""
     random = np.random.default_rng(seed)
     result = []
     for _ in range(count):
@@ -29,9 +29,11 @@ def rows(count: int, seed: int = 0) -> list[Row]:
         limit = float(random.uniform(0.5, 2.0))
         coef = min(1.0, limit / norm)
         row = Row(norm, norm * coef, limit, coef, float(coef < 1), 1.0, 0.0, float(coef < 1), 0.0)
-        kind = random.choice(["good", "over", "bad", "overflow"], p=[0.8, 0.1, 0.07, 0.03])
+        kind = random.choice(["good", "over", "bad", "zeroed", "overflow"], p=[0.75, 0.1, 0.07, 0.05, 0.03])
         if kind == "over":
             row = row._replace(norm_clipped=0.0, coef=0.0, skipped=1.0, changed=1.0)
+        elif kind == "zeroed":
+            row = row._replace(finite=0.0, changed=1.0)
         elif kind != "good":
             row = row._replace(norm=math.nan, norm_clipped=0.0, coef=0.0, finite=0.0, skipped=1.0, changed=1.0)
         if kind == "overflow":
@@ -44,15 +46,16 @@ MANY = rows(5000)
 
 
 def expected(window: Sequence[Row], since_start: Sequence[Row]) -> dict[str, float]:
-    finite = [row for row in window if row.finite]
-    result = {"clip_rate": np.mean([row.changed for row in window])} if window else {}
-    if finite:
+    """All numbers over the same steps: those whose norm is finite."""
+    result: dict[str, float] = {}
+    if covered := [row for row in window if math.isfinite(row.norm)]:
         result |= {
-            "norm": np.mean([row.norm for row in finite]),
-            "norm_clipped": np.mean([row.norm_clipped for row in finite]),
-            "norm_max": max(row.norm for row in finite),
-            "limit": np.mean([row.limit for row in finite]),
-            "coef_min": min(row.coef for row in finite),
+            "norm": np.mean([row.norm for row in covered]),
+            "norm_clipped": np.mean([row.norm_clipped for row in covered]),
+            "norm_max": max(row.norm for row in covered),
+            "limit": np.mean([row.limit for row in covered]),
+            "coef_min": min(row.coef for row in covered),
+            "clip_rate": np.mean([row.changed for row in covered]),
         }
     result["skipped"] = sum(row.skipped for row in since_start if not row.overflow)
     result["nonfinite"] = sum(1 - row.finite for row in since_start if not row.overflow)
@@ -154,13 +157,13 @@ def test_an_empty_window_has_counts_only() -> None:
 
 
 def test_without_a_finite_step_the_norms_are_left_out_and_the_counts_written() -> None:
-    assert filled([BAD, BAD]).compute() == {"clip_rate": 1.0, "skipped": 2.0, "nonfinite": 2.0}
+    assert filled([BAD, BAD]).compute() == {"skipped": 2.0, "nonfinite": 2.0}
 
 
 def test_overflows_are_counted_apart_and_change_nothing() -> None:
     result = filled([OVERFLOW, GOOD]).compute()
     assert (result["skipped"], result["nonfinite"], result["overflows"]) == (0.0, 0.0, 1.0)
-    assert (result["clip_rate"], result["norm"]) == (0.5, 2.0)
+    assert (result["clip_rate"], result["norm"]) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("limit", [math.inf, math.nan])
@@ -168,8 +171,34 @@ def test_a_limit_that_is_not_finite_is_left_out(limit: float) -> None:
     result = filled([GOOD._replace(limit=limit)]).compute()
     assert "limit" not in result
     assert result["norm"] == 2.0
-    # As in the warm-up of an adaptive limit: the mean is over the steps that had one.
-    assert filled([GOOD._replace(limit=limit), GOOD]).compute()["limit"] == 1.0
+    # As in the warm-up of an adaptive limit: a mean over the others would not be about the steps of the norm.
+    assert "limit" not in filled([GOOD._replace(limit=limit), GOOD]).compute()
+
+
+@pytest.mark.parametrize("name", ["norm_clipped", "coef", "limit"])
+def test_what_is_not_known_of_every_step_is_left_out(name: str) -> None:
+    known = filled([GOOD, GOOD, BAD]).compute()
+    unknown = filled([GOOD, GOOD._replace(**{name: math.nan}), BAD]).compute()
+    missing = "coef_min" if name == "coef" else name
+    assert {key: value for key, value in unknown.items() if key != "clipped"} == {
+        key: value for key, value in known.items() if key != missing
+    }
+
+
+def test_a_repaired_step_counts_as_what_was_made_of_it_and_a_dropped_one_as_zero() -> None:
+    zeroed = GOOD._replace(norm=4.0, norm_clipped=1.0, coef=0.25, finite=0.0)
+    dropped = GOOD._replace(norm=6.0, norm_clipped=0.0, coef=0.0, skipped=1.0)
+    result = filled([GOOD, zeroed, dropped, BAD]).compute()
+    assert result == {
+        "norm": 4.0,
+        "norm_clipped": pytest.approx(2 / 3),
+        "norm_max": 6.0,
+        "limit": 1.0,
+        "coef_min": 0.0,
+        "clip_rate": 1.0,
+        "skipped": 2.0,
+        "nonfinite": 2.0,
+    }
 
 
 def test_a_window_is_empty_until_a_step_is_recorded() -> None:
@@ -194,26 +223,31 @@ class TestScopes:
         window = Window()
         for row in torch.from_numpy(matrix):
             window.add(0, GOOD, ("a", "b", "c"), row)
-        result = window.compute()
-        assert {name for name in result if name.startswith("norm/")} == {"norm/a", "norm/b"}
+        result = window.scope_norms()
+        assert result.keys() == {"a", "b"}
         for column, name in enumerate(("a", "b")):
             seen = matrix[np.isfinite(matrix[:, column]), column]
-            assert result[f"norm/{name}"] == pytest.approx(seen.mean(), rel=1e-13)
+            assert result[name] == pytest.approx(seen.mean(), rel=1e-13)
 
     def test_scopes_may_join_and_leave_within_a_window(self) -> None:
         window = Window()
         for names, norms in ((("a",), [1.0]), (("a", "b"), [3.0, 5.0]), (("b",), [7.0])):
             window.add(0, GOOD, names, torch.tensor(norms, dtype=torch.float64))
-        result = window.compute()
-        assert (result["norm/a"], result["norm/b"]) == (2.0, 6.0)
+        assert window.scope_norms() == {"a": 2.0, "b": 6.0}
+
+    def test_they_leave_out_the_steps_that_the_joint_norm_leaves_out(self) -> None:
+        window = Window()
+        for row, norm in ((GOOD, 1.0), (BAD, 100.0), (GOOD, 3.0)):
+            window.add(0, row, ("a", "b"), torch.tensor([norm, math.inf if row is BAD else 1.0]))
+        assert window.scope_norms() == {"a": 2.0, "b": 1.0}
 
     def test_they_are_cleared(self) -> None:
         window = Window()
         window.add(0, GOOD, ("a",), torch.tensor([1.0], dtype=torch.float64))
         window.clear()
-        assert "norm/a" not in window.compute()
+        assert window.scope_norms() == {}
         window.add(0, GOOD, ("a",), torch.tensor([5.0], dtype=torch.float64))
-        assert window.compute()["norm/a"] == 5.0
+        assert window.scope_norms() == {"a": 5.0}
 
 
 def steps_with_scopes(window: Window, steps: Sequence[Row]) -> None:
@@ -239,10 +273,8 @@ class TestState:
         for window in (straight, resumed):
             steps_with_scopes(window, steps[count:])
         assert resumed.compute() == straight.compute()
-        assert_equal(
-            {name: value for name, value in resumed.compute().items() if not name.startswith("norm/")},
-            expected(steps, steps),
-        )
+        assert resumed.scope_norms() == straight.scope_norms()
+        assert_equal(resumed.compute(), expected(steps, steps))
 
     def test_rows_of_a_device_are_saved_on_the_host_in_their_order(self) -> None:
         steps = rows(5)
@@ -320,9 +352,8 @@ def test_every_step_is_counted_once_whatever_happens_in_between(operations: list
     assert_equal(window.compute(), expected(steps[start:end], steps[:end]))
 
 
-@pytest.mark.parametrize("field", ["limit", "coef"])
-def test_the_share_of_clipped_scopes_is_averaged_where_there_are_several(field: str) -> None:
-    several = GOOD._replace(**{field: math.nan})
+def test_the_share_of_clipped_scopes_is_averaged_where_there_are_several() -> None:
+    several = GOOD._replace(limit=math.nan)
     window = filled([several._replace(clipped=share) for share in (0.25, 0.0, 0.5)] + [BAD._replace(clipped=1.0)])
     assert window.compute()["clipped"] == 0.25
     assert "clipped" not in filled([GOOD, GOOD]).compute()

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kit.boring import ENCODER, HEAD, aggregate, mean_gradient, norm, windows
+from kit.boring import ENCODER, HEAD, aggregate, gradients, mean_gradient, norm, windows
 from kit.logger_runs import BATCHES, EVERY, LIMIT, SAVED, SCENARIOS, data
 from kit.root import ROOT
 
@@ -57,16 +58,16 @@ def found(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 def expected(scenario: str, every: int) -> dict[str, dict[int, dict[str, float]]]:
-    """By prefix and step what has to be there."""
+    """By optimizer and step what has to be there."""
     given = data(scenario)
     if scenario == "two optimizers":
         return {
-            f"gradclip/{index}/": logged([pair[index] for pair in given], every, {layer: names})
+            f"/{index}": logged([pair[index] for pair in given], every, {layer: names})
             for index, (layer, names) in enumerate({"encoder": ENCODER, "head": HEAD}.items())
         }
     if scenario == "accumulated":
         given = [mean_gradient(given[i : i + 3], 3) for i in range(0, BATCHES, 3)]
-    return {"gradclip/": logged(given, every, {"encoder": ENCODER, "head": HEAD})}
+    return {"": logged(given, every, {"encoder": ENCODER, "head": HEAD})}
 
 
 def logged(given: list[Any], every: int, layers: dict[str, Any]) -> dict[int, dict[str, float]]:
@@ -74,9 +75,9 @@ def logged(given: list[Any], every: int, layers: dict[str, Any]) -> dict[int, di
     found = {}
     for step, places in windows([[i] for i in range(len(given))], every).items():
         metrics = aggregate([norm(given[i], names) for i in places], LIMIT)
-        found[step] = {key.removeprefix("gradclip/"): value for key, value in metrics.items()}
+        found[step] = {key.removeprefix("gradclip"): value for key, value in metrics.items()}
         found[step] |= {
-            f"norm/{one}": float(np.mean([norm(given[i], of) for i in places])) for one, of in layers.items()
+            f"_norm/{one}": float(np.mean([norm(given[i], of) for i in places])) for one, of in layers.items()
         }
     return found
 
@@ -85,16 +86,18 @@ def logged(given: list[Any], every: int, layers: dict[str, Any]) -> dict[int, di
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_window_is_written_once_at_its_step(found: Found, scenario: str, every: int) -> None:
     points = [(key, step, value) for key, step, value in found[f"{scenario} {every}"] if not isinstance(value, dict)]
-    ours = [(key, step) for key, step, _ in points if key.startswith("gradclip/")]
+    ours = [(key, step) for key, step, _ in points if key.startswith("gradclip")]
     assert set(Counter(ours).values()) == {1}
     read: dict[int, dict[str, float]] = defaultdict(dict)
     for key, step, value in points:
-        if key.startswith("gradclip/"):
+        if key.startswith("gradclip"):
             read[step][key] = value
     wanted: dict[int, dict[str, float]] = defaultdict(dict)
-    for prefix, steps in expected(scenario, every).items():
+    for index, steps in expected(scenario, every).items():
         for step, metrics in steps.items():
-            wanted[step] |= {prefix + key: value for key, value in metrics.items()}
+            for key, value in metrics.items():
+                section, name = key.split("/")
+                wanted[step][f"gradclip{section}{index}/{name}"] = value
     assert list(read) == sorted(wanted)
     for step, metrics in wanted.items():
         assert read[step] == pytest.approx(metrics, rel=1e-6)
@@ -150,3 +153,35 @@ def test_a_resumed_run_was_interrupted(found: Found) -> None:
     assert 6 < SAVED < 13
     steps = [step for key, step, _ in found["resumed 7"] if key == "gradclip/norm"]
     assert steps == [6, 13, 19]
+
+
+IN_FILES = """
+import sys
+from lightning.pytorch.loggers import MLFlowLogger
+from kit.boring import Adversaries, Prescribed, fit, gradients
+from lightning_gradclip import GradientClipping, NormClip
+
+given = gradients(3)
+for module, batches in ((Prescribed, given), (Adversaries, list(zip(given, given)))):
+    clipping = GradientClipping(NormClip(max_norm=4.0), measure_per="layer")
+    fit(module(), batches, clipping, logger=MLFlowLogger(save_dir=sys.argv[1]), log_every_n_steps=1)
+"""
+
+
+def test_mlflows_file_store_keeps_norms_and_norms_of_scopes(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_FILES, tmp_path / "runs"],
+        env={**os.environ, **QUIET, "MLFLOW_ALLOW_FILE_STORE": "true", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and "metrics" in path.parts]
+    found = {str(path).rpartition("/metrics/")[2]: path.read_text().splitlines() for path in files}
+    keys = {"gradclip/norm", "gradclip_norm/head", "gradclip/1/norm", "gradclip_norm/0/encoder"}
+    assert keys <= found.keys()
+    # Time, value and step of each.
+    values = [float(line.split()[1]) for line in found["gradclip_norm/head"]]
+    assert values == pytest.approx([norm(one, HEAD) for one in gradients(3)], rel=1e-6)

@@ -176,7 +176,7 @@ def test_steps_on_a_device_are_fetched_in_one_copy() -> None:
         assert len(device.waits) == 1
         # Nobody is told twice, and what the host has seen it needs not fetch again.
         window.look()
-        assert window.compute()["norm/b"] == norms[:, 1].mean().item()
+        assert window.scope_norms()["b"] == norms[:, 1].mean().item()
         assert not window.is_on_device
         assert len(device.waits) == 1
     (packed,) = taken
