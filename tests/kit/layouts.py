@@ -74,7 +74,7 @@ def _start(world: int) -> None:
 
 
 def _fsdp1(
-    strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True
+    strategy: str, *, original: bool = True, world: int = 2, wrap: bool = True, inner: str = ""
 ) -> Callable[[nn.Module], nn.Module]:
     def apply(module: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
@@ -90,7 +90,8 @@ def _fsdp1(
             options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard"))
         if wrap:
             for name in ("up", "down"):
-                setattr(module, name, FullyShardedDataParallel(getattr(module, name), **options))
+                of_it = {"sharding_strategy": ShardingStrategy[inner]} if inner and name == "up" else {}
+                setattr(module, name, FullyShardedDataParallel(getattr(module, name), **options | of_it))
         return FullyShardedDataParallel(module, **options)
 
     return apply
@@ -153,6 +154,7 @@ SPREADS = {
     "fsdp1_full": Spread(2, 2, _fsdp1("FULL_SHARD")),
     "fsdp1_grad_op": Spread(2, 2, _fsdp1("SHARD_GRAD_OP")),
     "fsdp1_none": Spread(2, 2, _fsdp1("NO_SHARD")),
+    "fsdp1_mixed": Spread(2, 2, _fsdp1("FULL_SHARD", inner="NO_SHARD")),
     "fsdp1_hybrid": Spread(4, 4, _fsdp1("HYBRID_SHARD", world=4)),
     "fsdp1_full_4": Spread(4, 4, _fsdp1("FULL_SHARD")),
     "fsdp2": Spread(2, 2, _fsdp2(2)),
