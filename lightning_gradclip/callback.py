@@ -63,6 +63,9 @@ class GradientClipping(KnownArguments, Callback):
             lie on, or a ProcessGroup or DeviceMesh. None: ranks hold the same parameters, or pieces of them.
         old_names: Whether norms of scopes are logged as `name/norm/<scope>`, as in 0.1.0, which MLflow's file store
             cannot keep beside `name/norm`. For this release only.
+        scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
+            Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
+            so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -91,6 +94,7 @@ class GradientClipping(KnownArguments, Callback):
         fold: bool = False,
         process_group: Any = None,
         old_names: bool = False,
+        scale_free: str = "warn",
     ) -> None:
         self._options = Options(
             method,
@@ -102,6 +106,7 @@ class GradientClipping(KnownArguments, Callback):
             measure_per=measure_per,
             fold=fold,
             process_group=process_group,
+            scale_free=scale_free,
         )
         if not isinstance(process_group, str):
             ranks.members(process_group)

@@ -1,6 +1,7 @@
 """The pipeline without a framework: select, measure, reduce, guard, limit, act, record."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradclip.act import policy
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
@@ -23,6 +25,7 @@ from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.record.window import Reader, Recorded, Window, WindowNumbers
+from lightning_gradclip.select import kinds
 from lightning_gradclip.select.parameters import Names, Selection
 
 # What is smaller than a parameter is measured and written in its own way.
@@ -54,6 +57,9 @@ class Clipper(Recorded):
         process_group: The ranks over which different parameters are held, such as the stages of a pipeline or local
             experts, whose norms are to be one: a ProcessGroup or a DeviceMesh, such as `mesh["pp"]`. Every rank then
             clips by the same factor. None: ranks hold the same parameters, or pieces of them.
+        scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
+            Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
+            so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -77,6 +83,7 @@ class Clipper(Recorded):
         measure_per: str | None = None,
         fold: bool = False,
         process_group: Any = None,
+        scale_free: str = "warn",
     ) -> None:
         options = Options(
             method,
@@ -88,6 +95,7 @@ class Clipper(Recorded):
             measure_per=measure_per,
             fold=fold,
             process_group=process_group,
+            scale_free=scale_free,
         )
         self._serve(named_parameters, optimizer, options, ())
 
@@ -120,12 +128,15 @@ class Clipper(Recorded):
         self._apart = ranks.members(options.process_group)
         self._settings = options.settings() | {"process_group": f"{len(self._apart or ())} ranks"}
         self._watch: Watch | None = Watch(self._settings)
-        self._names = Names(named_parameters, options.include, options.exclude, complete=self._apart is None)
+        told = {"complete": self._apart is None, "scale_free": options.scale_free != "exclude"}
+        self._names = Names(named_parameters, options.include, options.exclude, **told)
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
         self._stalls = Stalls(optimizer, own) if optimizer is not None and self._policy.action == "clip" else None
         self.detailed = True
+        clips = self._policy.action == "clip" and not self._limiter.adaptive
+        self._warns = clips and options.scale_free == "warn"
         self._select()
 
     @property
@@ -235,6 +246,7 @@ class Clipper(Recorded):
 
     def _select(self) -> None:
         self._selection: Selection = self._names.select(self._optimizer)
+        self._warn_of_scale_free()
         self._actor.serve(self._selection)
         self._reducer = reduce.reducer_for(self._selection, self._settings, self._apart, self._names.unmatched)
         self._limiter.serve(self._selection, self._reducer)
@@ -242,6 +254,15 @@ class Clipper(Recorded):
             self._watch = None
         if self._stalls is not None:
             self._stalls.serve(self._selection, self._reducer)
+
+    def _warn_of_scale_free(self) -> None:
+        """Say once what a fixed limit does next to nothing to."""
+        if self._warns and self._optimizer is not None:
+            self._warns = False
+            free = kinds.scale_free(self._optimizer)
+            said = policy.pointless(self._limiter.learned.method, self._selection, free)
+            if said and ranks.is_first_rank():
+                warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def _felt(self) -> dict[str, float]:
         share = None if self._stalls is None else self._stalls.share()

@@ -1,17 +1,19 @@
 """What may be done to the gradients, and what happens when some are not finite: closed lists of words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select.parameters import Selection
 
 ACTIONS = ("clip", "skip", "observe")
 MEASURES = ("group", "layer", "parameter")
 # Whose representation tells all about them, and the same everywhere.
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 NONFINITE = ("skip", "zero", "raise", "ignore")
+SCALE_FREE = ("warn", "clip", "exclude")
 
 
 @dataclass(repr=False)
@@ -108,6 +110,7 @@ class Options:
     measure_per: str | None = None
     fold: bool = False
     process_group: Any = None
+    scale_free: str = "warn"
     policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class Options:
         if self.measure_per is not None:
             remedy = "None measures the method's own scope only"
             checks.choice("measure_per", self.measure_per, MEASURES, remedy=remedy)
+        checks.choice("scale_free", self.scale_free, SCALE_FREE)
         if checks.flag("fold", self.fold):
             _require_one_coefficient(self.method, policy)
         include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
@@ -126,7 +130,8 @@ class Options:
         method = self.method
         words = {"method": "None" if method is None else type(method).__name__}
         given = {} if method is None else {name: one for name, one in vars(method).items() if name != "state"}
-        names = ("action", "nonfinite", "max_consecutive_skips", "include", "exclude", "measure_per", "fold")
+        names = ("action", "nonfinite", "max_consecutive_skips", "include", "exclude")
+        names += ("measure_per", "fold", "scale_free")
         given |= {name: getattr(self, name) for name in names} | vars(self.policy)
         return words | {name: repr(one) for name, one in given.items() if isinstance(one, _PLAIN)}
 
@@ -140,3 +145,18 @@ def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:
             f"fold=True hands the optimizer one coefficient, but {method!r} has one for each {method.per}; "
             f"{remedy}, or a method with per='model'"
         )
+
+
+def pointless(method: ClipMethod, selection: Selection, free: Mapping[int, str]) -> str | None:
+    """What is to be said of a limit on parameters, by their ids, whose optimizers do not know a gradient's size."""
+    pairs = zip(selection.names, map(id, selection.params), strict=True)
+    found = [(name, free[key]) for name, key in pairs if key in free]
+    if not found:
+        return None
+    name, optimizer = found[0]
+    return (
+        f"{method!r} limits {len(found)} of {len(selection.params)} parameters, such as {name!r}, that {optimizer} "
+        "steps by the direction of their gradient alone: a fixed limit changes only how steps mix in its momentum, and "
+        "a joint one is taken from the others. Leave them out with scale_free='exclude', drop single bad steps with "
+        "action='skip', or say scale_free='clip' if that is what you want"
+    )

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradclip.select import layout
+from lightning_gradclip.select import kinds, layout
 from lightning_gradclip.select.layout import Layout
 from lightning_gradclip.select.scopes import Scopes, Units
 
@@ -79,6 +79,7 @@ class Names:
     """The parameters of a module by identity: what they are called, and which patterns admit them.
 
     Patterns that match nothing are refused if these parameters are `complete`, else kept as `unmatched`.
+    Without `scale_free` those are left out that an optimizer steps by the direction of their gradient alone.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Names:
         exclude: Sequence[str] = (),
         *,
         complete: bool = True,
+        scale_free: bool = True,
     ) -> None:
+        self._scale_free = scale_free
         self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
         given = named_parameters if self._module is None else self._module.named_parameters()
         # The tensors are kept so that their identities stay theirs.
@@ -110,13 +113,16 @@ class Names:
         """The parameters of the optimizer, or without one of the module, that the patterns admit."""
         groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
         labels = _group_names(groups)
+        free = {} if optimizer is None or self._scale_free else kinds.scale_free(optimizer)
         chosen: dict[int, tuple[Tensor, str, str]] = {}
         owned: dict[int, Tensor] = {}
         for position, (group, label) in enumerate(zip(groups, labels, strict=True)):
             for i, parameter in enumerate(group["params"]):
                 owned[id(parameter)] = parameter
                 name = self._clean.get(id(parameter), f"group{position}.{i}")
-                if id(parameter) not in chosen and self._admits(name, self._raw.get(id(parameter), name)):
+                if id(parameter) in free or id(parameter) in chosen:
+                    continue
+                if self._admits(name, self._raw.get(id(parameter), name)):
                     chosen[id(parameter)] = (parameter, name, label)
         self.unmatched.pop("all", None)
         if not chosen and owned and not any(self._admits(self._clean[key], name) for key, name in self._raw.items()):

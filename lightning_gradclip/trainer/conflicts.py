@@ -73,7 +73,8 @@ def selections(
     trainer: Trainer, module: LightningModule, options: Options, optimizers: Sequence[Optimizer]
 ) -> list[Selection]:
     """What is served of these optimizers; refused if a pattern matches no parameter of the module."""
-    names = Names(whole_model(trainer, module), options.include, options.exclude)
+    kept = options.scale_free != "exclude"
+    names = Names(whole_model(trainer, module), options.include, options.exclude, scale_free=kept)
     return [names.select(optimizer) for optimizer in optimizers]
 
 

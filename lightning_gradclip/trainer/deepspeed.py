@@ -25,6 +25,7 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "measure_per": (None,),
     "fold": (False,),
     "process_group": (None,),
+    "scale_free": ("warn", "clip"),
 }
 
 

@@ -72,6 +72,7 @@ OPTIONS_OF_THE_CALLBACK = {
     "history": "elsewhere",
     "histograms": False,
     "old_names": True,
+    "scale_free": "exclude",
 }
 # For methods with a single coefficient.
 NOT_BESIDE_EVERY_METHOD = {"fold"}

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 
@@ -27,3 +28,15 @@ def file(package: str, path: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def inside(package: str, path: str, name: str) -> ModuleType:
+    """One file of a folder of a peer, with the others that it imports, without the rest of the package."""
+    try:
+        location = distribution(package).locate_file(path)
+    except PackageNotFoundError:
+        pytest.skip(f"{package} {_REMEDY}")
+    folder = ModuleType(f"peer_{package}_folder")
+    folder.__path__ = [str(location)]
+    sys.modules.setdefault(folder.__name__, folder)
+    return importlib.import_module(f"{folder.__name__}.{name}")
