@@ -138,6 +138,7 @@ class GradientClipping(KnownArguments, Callback):
     def state_key(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._generate_state_key(name=self.name)
 
+    @conflicts.of_instances
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -238,6 +239,7 @@ class GradientClipping(KnownArguments, Callback):
             self._watch.close()
         self._finish(trainer)
 
+    @conflicts.of_instances
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._watch is not None:
             self._watch.close()
@@ -249,6 +251,7 @@ class GradientClipping(KnownArguments, Callback):
             self._recorder.close(device_answers=not lost)
             self._publisher.leave(trainer, device_answers=not lost)
 
+    @conflicts.refused_with_name
     def state_dict(self) -> dict[str, Any]:
         norms = self._recorder.state_dict()
         return {"clippers": self._clippers.state_dict(), **({"norms": norms} if norms else {})}

@@ -3,6 +3,7 @@
 The door of everything that users configure: nothing here imports torch, so that whoever reads a record may use it.
 """
 
+import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -53,12 +54,38 @@ def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int
     return int(value)
 
 
+# What other libraries, and other options of ours, call it.
+_SYNONYMS = {
+    "monitor": "observe",
+    "watch": "observe",
+    "measure": "observe",
+    "drop": "skip",
+    "error": "raise",
+    "global": "model",
+    "module": "layer",
+    "tensor": "parameter",
+    "row": "unit",
+    "channel": "unit",
+    "value": "element",
+}
+
+
 def choice(name: str, value: object, allowed: tuple[str, ...], *, remedy: str = "") -> str:
-    """Return `value` if it is one of `allowed`, or list what is allowed."""
-    remedy = remedy and f"; {remedy}"
+    """Return `value` if it is one of `allowed`, or list what is allowed, and say what may have been meant."""
     if value not in allowed:
+        remedy = (remedy and f"; {remedy}") + meant(value, allowed)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{remedy}")
     return str(value)
+
+
+def meant(value: object, known: Iterable[str]) -> str:
+    """The end of a sentence that asks for the known word that is closest to this one, if one is close."""
+    words = list(known)
+    if not isinstance(value, str):
+        return ""
+    synonyms = [word for word in (_SYNONYMS.get(value.lower()),) if word in words]
+    close = synonyms or difflib.get_close_matches(value, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flag(name: str, value: object) -> bool:
@@ -104,6 +131,7 @@ class KnownArguments:
         known = [parameter.name for parameter in parameters][1:]
         unknown = [name for name in arguments if name not in known]
         if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-            names = ", ".join(map(repr, unknown))
-            raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {', '.join(known)}")
+            names, listed = ", ".join(map(repr, unknown)), ", ".join(known)
+            perhaps = meant(unknown[0], [name for name in known if name not in arguments])
+            raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {listed}{perhaps}")
         return super().__new__(cls)

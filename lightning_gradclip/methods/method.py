@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +16,22 @@ from lightning_gradclip.methods.numbers import Number, Truth, divide, full, larg
 def _row(value: float) -> Tensor:
     """A learned number as a tensor `(1,)`: counts stay whole."""
     return torch.tensor([value], dtype=torch.long if isinstance(value, int) else torch.float64, device="cpu")
+
+
+class MisplacedError(TypeError, AttributeError):
+    """A method stands where a callback belongs; for whoever asks whether it has what a callback has, it has not."""
+
+
+class _OfCallbacks:
+    """What a trainer asks its callbacks for, and of a method among them, or of the class of one, in vain."""
+
+    def __get__(self, method: "ClipMethod | None", kind: "type[ClipMethod]") -> NoReturn:
+        given = f"{kind.__name__}()" if method is None else repr(method)
+        what = f"the class {kind.__name__}" if method is None else given
+        raise MisplacedError(
+            f"callbacks=[...] holds {what}, which says how to clip and is no callback; write "
+            f"callbacks=[GradientClipping({given})]"
+        )
 
 
 class ClipMethod(KnownArguments):
@@ -49,6 +65,7 @@ class ClipMethod(KnownArguments):
     # That of torch.nn.utils.clip_grad_norm_. It matters where sizes are as small: rules that follow them have none.
     epsilon: float = 1e-6
     state: Mapping[str, Any] = MappingProxyType({})
+    state_key = setup = on_exception = _OfCallbacks()
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
         """How large each scope may be.

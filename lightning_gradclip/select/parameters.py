@@ -143,12 +143,14 @@ class Names:
         known = list(dict.fromkeys(self._clean.values()))
         closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
         listed = ", ".join(closest) or "there are no named parameters"
+        begun = f"{pattern.rstrip('.')}.*"
+        perhaps = f"; did you mean {begun!r}?" if _matches(known, (begun,)) else ""
         example = f"{closest[0].partition('.')[0]}.*" if closest and "." in closest[0] else "*weight"
         said = f"{option}={pattern!r}"
         self._refuse(
             said,
             f"{said} matches no parameter; the closest names are: {listed}. "
-            f"Patterns are shell patterns over whole names, such as {example!r}",
+            f"Patterns are shell patterns over whole names, such as {example!r}{perhaps}",
         )
 
     def _refuse(self, what: str, said: str) -> None:

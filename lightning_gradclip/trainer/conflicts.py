@@ -1,7 +1,8 @@
 """What a callback cannot work beside: refused before training begins, with the way out."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -10,6 +11,7 @@ from lightning_gradclip.act.fold import require_all, require_fused
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer.lightning import (
+    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -22,7 +24,33 @@ from lightning_gradclip.trainer.lightning import (
 # By name, so that those of the package pytorch_lightning are known too.
 _UNSUPPORTED = {"XLAStrategy", "XLAFSDPStrategy"}
 _NAMED = 3
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _APART = "shard with FSDP2, in Lightning ModelParallelStrategy"
+
+
+def of_instances(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that says so where the class itself stands among the callbacks, and is asked instead of one of it."""
+
+    @wraps(hook)
+    def checked(self: Any, *arguments: Any, **named: Any) -> None:
+        if not isinstance(self, Callback):
+            raise TypeError(
+                "callbacks=[...] holds the class GradientClipping instead of a callback; write "
+                "callbacks=[GradientClipping(NormClip(max_norm=1.0))]"
+            )
+        hook(self, *arguments, **named)
+
+    return checked
+
+
+def refused_with_name(state_dict: _Method) -> _Method:
+    """A `state_dict` whose callbacks a trainer leaves to `refuse` where two have one name.
+
+    Its own refusal, of keys that are the same, would come first and name neither. It looks at callbacks that override
+    this method only, and takes a function that wraps another for that one.
+    """
+    vars(state_dict)["__wrapped__"] = Callback.state_dict
+    return state_dict
 
 
 def refuse(trainer: Trainer, module: LightningModule, callback: Any, options: Options) -> None:

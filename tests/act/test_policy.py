@@ -411,11 +411,15 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "error", "said"),
         [
-            ({"action": "clp"}, ValueError, "action must be one of 'clip', 'skip', 'observe', got 'clp'"),
+            (
+                {"action": "clp"},
+                ValueError,
+                "action must be one of 'clip', 'skip', 'observe', got 'clp'; did you mean 'clip'?",
+            ),
             (
                 {"nonfinite": "drop"},
                 ValueError,
-                "nonfinite must be one of 'skip', 'zero', 'raise', 'ignore', got 'drop'",
+                "nonfinite must be one of 'skip', 'zero', 'raise', 'ignore', got 'drop'; did you mean 'skip'?",
             ),
             (
                 {"action": "observe", "nonfinite": "skip"},

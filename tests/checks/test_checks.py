@@ -87,6 +87,39 @@ def test_an_unknown_word_is_answered_with_the_known_ones(value: object) -> None:
     assert str(failure.value) == f"x must be one of 'a', 'b', got {value!r}; a is usual"
 
 
+@pytest.mark.parametrize(
+    ("value", "allowed", "close"),
+    [
+        ("monitor", ("clip", "skip", "observe"), "observe"),
+        ("Watch", ("clip", "skip", "observe"), "observe"),
+        ("skp", ("clip", "skip", "observe"), "skip"),
+        ("tensor", ("model", "layer", "parameter"), "parameter"),
+        ("layers", ("model", "layer", "parameter"), "layer"),
+        # What is close elsewhere only, or nowhere.
+        ("monitor", ("zero", "raise"), None),
+        ("zzz", ("zero", "raise"), None),
+        (None, ("zero", "raise"), None),
+        (["zero"], ("zero", "raise"), None),
+    ],
+)
+def test_a_word_that_is_close_is_asked_for(value: object, allowed: tuple[str, ...], close: str | None) -> None:
+    with pytest.raises(ValueError, match=r"^x must be one of") as failure:
+        checks.choice("x", value, allowed)
+    assert str(failure.value).partition("got ")[2] == (f"{value!r}; did you mean {close!r}?" if close else repr(value))
+
+
+def test_an_argument_that_is_close_is_asked_for() -> None:
+    class Known(checks.KnownArguments):
+        def __init__(self, max_norm: float = 1.0, per: str = "model") -> None: ...
+
+    with pytest.raises(
+        TypeError, match=r"no argument 'max_nrm'; its arguments are max_norm, per; did you mean 'max_norm'"
+    ):
+        Known(max_nrm=1.0)
+    with pytest.raises(TypeError, match=r"no argument 'max_nrm'; its arguments are max_norm, per$"):
+        Known(max_norm=2.0, max_nrm=1.0)
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_a_flag_is_returned(value: bool) -> None:
     assert checks.flag("x", value) is value

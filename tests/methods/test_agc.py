@@ -828,7 +828,7 @@ class TestArguments:
             ({"eps": None}, TypeError, f"eps must be a number, got None (NoneType); {FLOOR}"),
             ({"eps": {0: 1e-3}}, TypeError, f"eps must be a number, got {{0: 0.001}} (dict); {FLOOR}"),
             ({"per": "model"}, ValueError, "per must be one of 'unit', 'parameter', got 'model'"),
-            ({"per": "row"}, ValueError, "per must be one of 'unit', 'parameter', got 'row'"),
+            ({"per": "row"}, ValueError, "per must be one of 'unit', 'parameter', got 'row'; did you mean 'unit'?"),
             ({"per": None}, ValueError, "per must be one of 'unit', 'parameter', got None"),
         ],
         ids=str,

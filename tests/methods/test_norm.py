@@ -432,7 +432,7 @@ class TestArguments:
             (
                 {"per": "modl"},
                 ValueError,
-                "per must be one of 'model', 'group', 'layer', 'parameter', got 'modl'",
+                "per must be one of 'model', 'group', 'layer', 'parameter', got 'modl'; did you mean 'model'?",
             ),
             ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),
             ({"statistic": "mean"}, ValueError, "statistic must be one of 'norm', 'rms', got 'mean'"),

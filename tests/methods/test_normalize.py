@@ -387,7 +387,11 @@ class TestArguments:
             ({"smoothing": {0: 1.0}}, TypeError, "smoothing must be a number, got {0: 1.0} (dict)"),
             ({"norm_type": 0}, ValueError, "norm_type must be > 0, got 0; the usual norm is norm_type=2"),
             ({"norm_type": "2"}, TypeError, "norm_type must be a number, got '2' (str); the usual norm is norm_type=2"),
-            ({"per": "modl"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'modl'"),
+            (
+                {"per": "modl"},
+                ValueError,
+                "per must be one of 'model', 'group', 'layer', 'parameter', got 'modl'; did you mean 'model'?",
+            ),
             ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),
         ],
         ids=str,
