@@ -29,7 +29,7 @@ hydra_zen = pytest.importorskip("hydra_zen", reason="hydra-zen is not installed"
 pytestmark = pytest.mark.filterwarnings(r"ignore:(?s)\s+.*(only one Jsonargparse|was deprecated in v4)")
 
 PUBLIC = [getattr(lightning_gradclip, name) for name in lightning_gradclip.__all__]
-METHODS = [cls for cls in PUBLIC if issubclass(cls, ClipMethod) and cls is not ClipMethod]
+METHODS = [one for one in PUBLIC if isinstance(one, type) and issubclass(one, ClipMethod) and one is not ClipMethod]
 FIT, CALLBACK_HELP, METHOD_HELP = (shlex.split(command)[1:] for command in commands("python examples/cli.py"))
 # What is wrong, the flags that say so, and what the message has to name.
 MISTAKES = {

@@ -121,7 +121,7 @@ class TestClass:
             return
         with pytest.raises(ValueError, match=r"^per must be one of") as failure:
             cls(per=per)
-        assert str(failure.value).endswith(f"got {per!r}")
+        assert f"got {per!r}" in str(failure.value)
 
     @pytest.mark.parametrize("cls", FOUND)
     def test_numbers_written_as_words_are_refused(self, cls: type[ClipMethod]) -> None:
