@@ -101,8 +101,9 @@ def selections(
     trainer: Trainer, module: LightningModule, options: Options, optimizers: Sequence[Optimizer]
 ) -> list[Selection]:
     """What is served of these optimizers; refused if a pattern matches no parameter of the module."""
-    kept = options.scale_free != "exclude"
-    names = Names(whole_model(trainer, module), options.include, options.exclude, scale_free=kept)
+    # Other ranks may hold what a pattern is about.
+    alone, kept = options.process_group is None, options.scale_free != "exclude"
+    names = Names(whole_model(trainer, module), options.include, options.exclude, complete=alone, scale_free=kept)
     return [names.select(optimizer) for optimizer in optimizers]
 
 
