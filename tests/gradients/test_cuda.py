@@ -67,7 +67,7 @@ def test_only_its_own_part_of_a_buffer_is_written(kernel: ModuleType) -> None:
     kernel.scale_([buffer[1024:1029], buffer[2048 : 2048 + kernel.PROGRAM]], torch.tensor(0.5))
     assert buffer[1024:1029].tolist() == [0.5] * 5
     assert buffer[2048 : 2048 + kernel.PROGRAM].unique().tolist() == [0.5]
-    assert buffer.sum().item() == 4 * kernel.PROGRAM - 0.5 * (5 + kernel.BLOCK)
+    assert buffer.sum().item() == 4 * kernel.PROGRAM - 0.5 * (5 + kernel.PROGRAM)
 
 
 def test_a_coefficient_of_1_touches_no_memory(kernel: ModuleType) -> None:
