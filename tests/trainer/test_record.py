@@ -662,3 +662,24 @@ def test_a_damaged_history_of_a_trained_run_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lightning-gradclip: error: ")
     assert "steps.npy" in line
+
+
+@pytest.mark.skipif(not fake_device.AVAILABLE, reason="this version of torch has no Python backends for devices")
+@pytest.mark.parametrize(("error", "written"), [(torch.OutOfMemoryError, 3), (RuntimeError, 2), (ValueError, 3)])
+def test_a_device_that_is_out_of_memory_still_tells_its_steps(
+    tmp_path: Path, error: type[Exception], written: int
+) -> None:
+    """After other errors of torch it may not answer any more."""
+    callback = clipping(tmp_path)
+    with fake_device.attached() as device:
+
+        class Failing(Callback):
+            def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+                if trainer.global_step == 2:
+                    row = torch.tensor(row_of(2.0, 1.0, limit=1.0, coef=0.5), dtype=torch.float64)
+                    callback._clippers[0]._window.add(2, device.put(row))
+                    raise error("as torch has it")
+
+        with pytest.raises(error, match="as torch has it"):
+            fit(Prescribed(), gradients(4), callback, Failing(), log_every_n_steps=1)
+    assert History(tmp_path).steps["step"].tolist() == [*range(written)]
