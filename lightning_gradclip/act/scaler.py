@@ -6,6 +6,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from lightning_gradclip.gradients import write
 from lightning_gradclip.select import layout
 
 
@@ -26,8 +27,10 @@ def unscale_(scaler: GradScaler, optimizer: Optimizer, *, together: bool = False
 
     With `together` also where this rank has none: FSDP's scaler asks the other ranks meanwhile.
     """
-    present = together or any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    present = together or any(parameter.grad is not None for parameter in params)
     if present and not is_unscaled(scaler, optimizer):
+        write.resolve_(params)
         scaler.unscale_(optimizer)
 
 

@@ -118,6 +118,13 @@ def settle_(params: Iterable[Tensor]) -> None:
                 parameter.grad = whole
 
 
+def resolve_(params: Iterable[Tensor]) -> None:
+    """Compute gradients that are still to be negated or conjugated, in which torch's foreach functions cannot write."""
+    for parameter in params:
+        if (gradient := parameter.grad) is not None and (gradient.is_neg() or gradient.is_conj()):
+            parameter.grad = gradient.resolve_conj().resolve_neg()
+
+
 def zero_nonfinite_(params: Iterable[Tensor]) -> None:
     """Replace NaN and infinite entries by zero; by a mask, since 0 * inf is NaN."""
     for parameter in params:

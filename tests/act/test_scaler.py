@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from kit.gradients import Witness, named, same_bits
 from kit.running_max import RunningMax
-from lightning_gradclip import ClipMethod, Clipper, NormClip
+from lightning_gradclip import ClipMethod, Clipper, NormClip, ValueClip
 from lightning_gradclip.act import scaler as amp
 
 # A power of two: scaling and unscaling are exact, so that runs with and without can be compared to the bit.
@@ -310,3 +310,55 @@ def test_over_limit_skips_do_not_end_a_run_under_a_scaler() -> None:
     assert all(step() for _ in range(3))
     assert parameter.item() == 0.0
     assert clipper.metrics()["skipped"] == 4.0
+
+
+class TestFirstStepOfFusedSGD:
+    """torch's takes memory for its momentum and leaves it as it is where the scaler drops the step."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"fold": True}, {"nonfinite": "ignore"}, {"nonfinite": "ignore", "fold": True}, {"exclude": "large"}],
+        ids=str,
+    )
+    def test_an_overflow_leaves_no_momentum(self, options: dict[str, Any]) -> None:
+        large, small = nn.Parameter(torch.zeros(1000)), nn.Parameter(torch.zeros(1000))
+        pairs, scaler = [("large", large), ("small", small)], GradScaler("cpu", init_scale=SCALE)
+        optimizer = SGD([large, small], lr=0.1, momentum=0.9, fused=True)
+        clipper = Clipper(pairs, NormClip(max_norm=1.0), optimizer=optimizer, **options)
+        for overflows in (True, True, False, False):
+            optimizer.zero_grad()
+            scaler.scale((large * (1e38 if overflows else 1.0)).sum() + small.sum()).backward()
+            stats = clipper.step(scaler)
+            if "exclude" not in options:
+                assert stats.skipped.item() == overflows
+            # What lies in memory that is free.
+            del [torch.full((1000,), 7e30) for _ in range(20)][:]
+            scaler.step(optimizer)
+            scaler.update()
+            assert bool(optimizer.state) is not overflows
+        # Two steps with momentum: 1 + 1.9 times the learning rate.
+        each = 0.29 / math.sqrt(1000 if "exclude" in options else 2000)
+        torch.testing.assert_close(small.detach(), torch.full((1000,), -each), rtol=1e-5, atol=0)
+        assert scaler.get_scale() == SCALE / 4
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (200, 200)])
+def test_a_gradient_with_the_negative_bit_is_unscaled(shape: tuple[int, ...]) -> None:
+    parameter = nn.Parameter(torch.ones(shape))
+    parameter.grad = torch._neg_view(torch.full(shape, -SCALE))
+    optimizer, scaler = SGD([parameter], lr=1.0), GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.ones(()))
+    stats = Clipper([("w", parameter)], NormClip(max_norm=0.5), optimizer=optimizer).step(scaler)
+    assert stats.norm.item() == pytest.approx(math.sqrt(parameter.numel()), rel=1e-6)
+    assert parameter.grad.double().norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_the_row_of_an_overflow_says_that_nothing_is_left(bad: float) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([bad, 1.0])
+    optimizer, scaler = SGD([parameter], lr=1.0), GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.ones(()))
+    for method in (NormClip(), NormClip(per="parameter"), ValueClip()):
+        stats = Clipper([("w", parameter)], method, optimizer=optimizer, nonfinite="ignore").step(scaler)
+        assert (stats.norm_clipped.item(), stats.coef.item(), stats.skipped.item()) == (0.0, 0.0, True)

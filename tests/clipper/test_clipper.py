@@ -611,3 +611,63 @@ class TestRulesOfOthers:
         Clipper(pairs, Grown()).step()
         assert pairs[0][1].grad is not None
         assert pairs[0][1].grad.tolist() == [6.0, 8.0]
+
+
+LAID_OUT = {
+    "expanded": torch.full((1,), 0.7698).expand(8, 512),
+    "rows expanded": torch.full((8, 1), 0.7698).expand(8, 512),
+    "transposed": torch.full((512, 8), 0.7698).t(),
+    "sliced": torch.full((8, 1500), 0.7698)[:, ::3],
+    "one column": torch.full((600, 2), 0.7698)[:, 0],
+    "half, transposed": torch.full((512, 8), 0.7698, dtype=torch.bfloat16).t(),
+    "complex": torch.full((8, 512), 0.7698 + 0.3j),
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("method", [NormClip(), NormClip(per="parameter"), ValueClip(), AGC()], ids=repr)
+def test_norms_are_right_whatever_lies_beside_what_in_memory(method: ClipMethod, layout: str) -> None:
+    gradient = LAID_OUT[layout]
+    parameter = torch.nn.Parameter(torch.ones(gradient.shape, dtype=gradient.dtype))
+    if gradient.is_complex() and isinstance(method, ValueClip):
+        pytest.skip("complex numbers are not clamped")
+    parameter.grad = gradient
+    stats = Clipper([("w", parameter)], method, action="observe").step()
+    rows = np.atleast_2d(np.abs(gradient.to(torch.complex128).numpy()))
+    assert stats.norm.item() == pytest.approx(np.linalg.norm(rows), rel=1e-6)
+    if stats.sizes.numel() > 1:
+        np.testing.assert_allclose(stats.sizes.double().numpy(), np.linalg.norm(rows, axis=1), rtol=1e-6)
+
+
+def with_bits(gradient: torch.Tensor, bits: str) -> torch.Tensor:
+    """The same numbers, some of them still to be computed."""
+    if "conj" in bits:
+        gradient = gradient.conj().resolve_conj().conj()
+    return torch._neg_view(-gradient) if "neg" in bits else gradient
+
+
+@pytest.mark.parametrize("bits", ["neg", "conj", "neg and conj"])
+@pytest.mark.parametrize("shape", [(), (7,), (4, 5), (200, 200)], ids=str)
+def test_gradients_with_torchs_negative_and_conjugate_bits(shape: tuple[int, ...], bits: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    plain = torch.randn(shape, generator=random, dtype=torch.complex64 if "conj" in bits else torch.float32)
+    methods = [NormClip(max_norm=0.1), NormClip(max_norm=0.1, per="parameter"), NormClip(max_norm=0.1, norm_type=3.0)]
+    methods += [AGC(clip_factor=1e-3), Normalize()] + ([] if plain.is_complex() else [ValueClip(max_value=0.1)])
+    for method in methods:
+        found = []
+        for gradient in (plain.clone(), with_bits(plain, bits)):
+            parameter = torch.nn.Parameter(torch.ones(shape, dtype=plain.dtype))
+            parameter.grad = gradient
+            row = Clipper([("w", parameter)], method, measure_per="parameter").step().row
+            found.append((parameter.grad.resolve_conj().resolve_neg(), row))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
+        assert found[1][1] == pytest.approx(found[0][1], rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("method", [NormClip(max_norm=1.0, per="layer"), AGC(), ValueClip(max_value=0.1)], ids=repr)
+def test_of_ten_experts_one_is_active_and_clipped(method: ClipMethod) -> None:
+    experts = torch.nn.ModuleList(torch.nn.Linear(2, 1) for _ in range(10))
+    experts[3].weight.grad, experts[3].bias.grad = torch.full((1, 2), 30.0), torch.full((1,), 40.0)
+    clipper = Clipper(experts.named_parameters(), method)
+    assert clipper.step().clipped.item() == 1.0
+    assert clipper.metrics()["clipped"] == 1.0
