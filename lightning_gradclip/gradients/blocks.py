@@ -144,8 +144,9 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = BLOCK, *, widen: 
     if norm_type == math.inf and not matrix.is_complex():
         # `aminmax` along a dim is twenty times slower.
         return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1)).abs().to(wide or matrix.dtype)
-    if matrix.is_cpu and wide is None and columns > 1 and matrix.stride(1) != 1:
-        # Where entries do not lie beside each other a norm adds one after the other, a sum many at once.
+    if matrix.is_cpu and wide is None and columns > BLOCK and matrix.stride(1) != 1:
+        # Where entries do not lie beside each other a norm adds one after the other, a sum many at once. (Shorter ones
+        # are torch's, which published rules over units are made of.)
         sums = [some.square().sum(dim=1) for some in matrix.split(max(1, CHUNK // len(matrix)), dim=1)]
         found = torch.stack(sums).sum(dim=0, dtype=torch.float64).sqrt()
         return found if widen else found.to(matrix.dtype)
