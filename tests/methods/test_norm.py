@@ -453,11 +453,13 @@ class TestArguments:
 
 
 @pytest.mark.parametrize("per", ["model", "parameter"])
-@pytest.mark.parametrize("value", [1e-45, 1e-40])
-def test_a_norm_too_small_to_divide_by_is_scaled_up_as_far_as_numbers_reach(per: str, value: float) -> None:
-    weight = torch.nn.Parameter(torch.zeros(1))
+@pytest.mark.parametrize(("value", "dtype"), [(1e-45, torch.float32), (1e-310, torch.float64), (5e-324, torch.float64)])
+def test_a_norm_too_small_to_divide_by_is_scaled_up_as_far_as_numbers_reach(
+    per: str, value: float, dtype: torch.dtype
+) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
     clipper = Clipper([("weight", weight)], NormClip(min_norm=1.0, max_norm=2.0, per=per))
-    weight.grad = torch.tensor([value])
+    weight.grad = torch.tensor([value], dtype=dtype)
     stats = clipper.step()
     assert torch.isfinite(stats.coef)
     assert 0 < weight.grad.item() <= 1.0
