@@ -3,10 +3,11 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradclip import checks
@@ -22,7 +23,8 @@ from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
-from lightning_gradclip.trainer.record import Recorder, history_opening
+from lightning_gradclip.trainer.progress import Progress
+from lightning_gradclip.trainer.record import Recorder, histories
 from lightning_gradclip.trainer.watch import Watch
 
 
@@ -179,9 +181,10 @@ class GradientClipping(KnownArguments, Callback):
         self._publisher = self._publishing(several=several)
         if self._logs:
             self._publisher.attend(trainer, self._clippers)
-        opening = history_opening(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
+        keeping = histories(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
+        self._keeps = keeping is not None
         norms = self._recorder.state_dict()
-        self._recorder = Recorder(self._clippers, opening, histograms=self.histograms and trainer.is_global_zero)
+        self._recorder = Recorder(self._clippers, keeping, histograms=self.histograms and trainer.is_global_zero)
         self._recorder.load_state_dict(norms)
         if self._handover is not None:
             self._delegated = Delegated(trainer, self._handover.limit, self._recorder.readers(0))
@@ -191,6 +194,12 @@ class GradientClipping(KnownArguments, Callback):
         self._had_backward = False
         self._batches += 1
         self._recorder.begin(lightning.batches(trainer))
+        if self._keeps:
+            self._progress.begin(trainer.current_epoch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._keeps:
+            self._progress.differentiated(loss, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._had_backward = True
@@ -214,7 +223,7 @@ class GradientClipping(KnownArguments, Callback):
         self._last_batch = lightning.batches(trainer)
         detailed = lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
         taken = clipper.steps
-        clipper.step(scaler, at=self._recorder.step, detailed=detailed)
+        clipper.step(scaler, at=self._recorder.step, detailed=detailed, **self._told(trainer, index))
         if clipper.has_news:
             self._recorder.open(index)
         if self._watch is not None and self._watch.on:
@@ -224,7 +233,7 @@ class GradientClipping(KnownArguments, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._delegated is not None:
-            self._delegated.record(lightning.batches(trainer))
+            self._delegated.record(lightning.batches(trainer), partial(self._told, trainer, 0))
         if lightning.looks_now(trainer, self.log_every_n_steps):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
@@ -267,6 +276,7 @@ class GradientClipping(KnownArguments, Callback):
         self._publisher = self._publishing(several=False)
         # Keeps the norms of a checkpoint until that of the fit takes over.
         self._recorder = Recorder(self._clippers, None, histograms=True)
+        self._progress, self._keeps = Progress(), False
         self._watch: Watch | None = None
         # Of which optimizers others write the gradients after this callback.
         self._disclaimed: set[int] = set()
@@ -274,6 +284,13 @@ class GradientClipping(KnownArguments, Callback):
 
     def _served(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, Selection]:
         return conflicts.served(trainer, pl_module, self._options, self.optimizer)
+
+    def _told(self, trainer: Trainer, index: int) -> dict[str, Any]:
+        """What the history is told of the step of this optimizer."""
+        if not self._keeps:
+            return {}
+        accumulated = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+        return self._progress.of_step(index, accumulated)
 
     def _publishing(self, *, several: bool) -> Publisher:
         every, in_bar = self.log_every_n_steps, self.prog_bar

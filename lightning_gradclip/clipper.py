@@ -1,8 +1,11 @@
 """The pipeline without a framework: select, measure, reduce, guard, limit, act, record."""
 
 import copy
+import os
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradclip import checks
 from lightning_gradclip.act import policy
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.decide import Actor, Verdict
@@ -21,8 +25,11 @@ from lightning_gradclip.gradients import ranks, read, reduce, write
 from lightning_gradclip.gradients.watch import Watch
 from lightning_gradclip.limit.entries import EntryLimiter
 from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
+from lightning_gradclip.limit.noted import Observer
 from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
+from lightning_gradclip.record.context import NOTHING, Context
+from lightning_gradclip.record.kept import Kept
 from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.record.window import Reader, Recorded, Window, WindowNumbers
 from lightning_gradclip.select import kinds
@@ -60,6 +67,9 @@ class Clipper(Recorded):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        history: A folder in which every step is recorded, for `lightning-gradclip report` and `advise`; False: none.
+            Of several ranks the first writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until
+            `metrics()`, `state_dict()`, `look()`, `close()` or the end of the process.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -84,7 +94,11 @@ class Clipper(Recorded):
         fold: bool = False,
         process_group: Any = None,
         scale_free: str = "warn",
+        history: str | os.PathLike[str] | bool = False,
     ) -> None:
+        folder = checks.folder("history", history)
+        if folder is True:
+            raise ValueError("history=True is for a Trainer, whose logger has a folder; write history='logs/gradclip'")
         options = Options(
             method,
             action,
@@ -97,7 +111,12 @@ class Clipper(Recorded):
             process_group=process_group,
             scale_free=scale_free,
         )
-        self._serve(named_parameters, optimizer, options, ())
+        self._kept = _kept(folder, options) if folder and ranks.is_first_rank() else None
+        readers = () if self._kept is None else (self._kept.take,)
+        self._serve(named_parameters, optimizer, options, readers)
+        if self._kept is not None:
+            # They outlive the clipper: what it has recorded is written when nobody has it any more.
+            weakref.finalize(self, _finish, self._window, self._kept, os.getpid())
 
     @classmethod
     def with_options(
@@ -109,6 +128,7 @@ class Clipper(Recorded):
     ) -> "Clipper":
         """A clipper with options that are checked already, whose steps go to some readers too."""
         clipper = cls.__new__(cls)
+        clipper._kept = None
         clipper._serve(named_parameters, optimizer, options, readers)
         return clipper
 
@@ -130,6 +150,8 @@ class Clipper(Recorded):
         self._watch: Watch | None = Watch(self._settings)
         told = {"complete": self._apart is None, "scale_free": options.scale_free != "exclude"}
         self._names = Names(named_parameters, options.include, options.exclude, **told)
+        # Who reads steps wants to know more about them.
+        self._observer = Observer(self._limiter, own, optimizer) if self._window.has_readers else None
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
         self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
@@ -145,7 +167,14 @@ class Clipper(Recorded):
         return self._optimizer
 
     def step(
-        self, scaler: GradScaler | None = None, *, at: int | None = None, detailed: bool | None = None
+        self,
+        scaler: GradScaler | None = None,
+        *,
+        at: int | None = None,
+        detailed: bool | None = None,
+        loss: Tensor | float | None = None,
+        batch: int | None = None,
+        epoch: int | None = None,
     ) -> StepStats:
         """Clip once; call it between `loss.backward()` and `optimizer.step()`.
 
@@ -155,6 +184,9 @@ class Clipper(Recorded):
             at: The number of this step in the record; None: the steps that this clipper took before.
             detailed: Takes the place of the attribute in this step, and says whether to look at what the optimizer
                 feels, as before a log event; None: does not, and every 50th step looks.
+            loss: For the history: the loss that was differentiated; a tensor on a device is not waited for.
+            batch: For the history: index of the first batch of this step in its epoch.
+            epoch: For the history: the epoch.
 
         Returns:
             What was done. A step in which no selected parameter has a gradient changes and records nothing.
@@ -192,8 +224,11 @@ class Clipper(Recorded):
                 self._stalls.look(gradients, scale, outcome.row)
             if scaler is not None and self._reducer is not None and self._writes and self._optimizer is not None:
                 scaling.agree(scaler, self._optimizer, outcome.finite)
+            context = NOTHING
+            if self._observer is not None:
+                context = self._observer.note(outcome, gradients, self._steps, loss, batch, epoch)
             verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed)
-            return self._recorded(verdict, self._steps if at is None else at)
+            return self._recorded(verdict, self._steps if at is None else at, context)
 
     def numbers(self) -> WindowNumbers:
         found = super().numbers()
@@ -203,6 +238,12 @@ class Clipper(Recorded):
     def take(self) -> WindowNumbers:
         self._skips.review(self._steps - 1)
         return super().take()
+
+    def close(self) -> None:
+        """Write what is pending of the history and close its files; a later step opens them again."""
+        self.look()
+        if self._kept is not None:
+            self._kept.close()
 
     @property
     def steps(self) -> int:
@@ -254,6 +295,8 @@ class Clipper(Recorded):
             self._watch = None
         if self._stalls is not None:
             self._stalls.serve(self._selection, self._reducer)
+        if self._observer is not None:
+            self._observer.serve(self._limiter.served, alone=self._reducer is None)
 
     def _warn_of_scale_free(self) -> None:
         """Say once what a fixed limit does next to nothing to."""
@@ -287,10 +330,22 @@ class Clipper(Recorded):
         folds = scaler is not None or fold.can_leave_out(alike=self._reducer is not None)
         return self._policy.decides_on_host(folds=folds, scaled=scaler is not None)
 
-    def _recorded(self, verdict: Verdict, at: int) -> StepStats:
+    def _recorded(self, verdict: Verdict, at: int, context: Context) -> StepStats:
         outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
         self._steps += 1
-        self._window.add(at, row, () if places is None else places.names, outcome.measured)
+        self._window.add(at, row, () if places is None else places.names, outcome.measured, context)
         if verdict.then is not None:
             verdict.then()
         return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+
+
+def _kept(folder: str, options: Options) -> Kept:
+    settings = {"method": options.method, "action": options.policy.action, "measure_per": options.measure_per}
+    return Kept(Path(folder).expanduser(), **settings)
+
+
+def _finish(window: Window, kept: Kept, process: int) -> None:
+    """Write the rest; but not what a fork has inherited, which its parent writes."""
+    if os.getpid() == process:
+        window.look()
+        kept.close()

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,8 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from timing import Times, table
 
 from lightning_gradclip import Clipper, GradientClipping, NormClip
-from lightning_gradclip.history_writer import HistoryWriter
-from lightning_gradclip.stats import Row
+from lightning_gradclip.record.kept import Kept
 
 # As many as lie between two log events, so that each stretch has one.
 STRETCH, STRETCHES = 50, 8
@@ -103,8 +103,8 @@ def steps(layers: int, every: int, per: str | None, folder: str | None) -> Calla
     from lightning_gradclip.trainer.record import Recorder
 
     clippers: dict[int, Clipper] = {}
-    opening = None if folder is None else partial(opened, folder, per)
-    recorder, count = Recorder(clippers, opening, histograms=False), itertools.count()
+    keeping = None if folder is None else partial(kept, folder, per)
+    recorder, count = Recorder(clippers, keeping, histograms=False), itertools.count()
     options = Options(NormClip(max_norm=1e9), measure_per=per)
     clipper = clippers[0] = Clipper.with_options(model.named_parameters(), None, options, recorder.readers(0))
 
@@ -118,8 +118,8 @@ def steps(layers: int, every: int, per: str | None, folder: str | None) -> Calla
     return run
 
 
-def opened(folder: str, per: str | None, index: int, first_step: int) -> HistoryWriter:
-    return HistoryWriter(folder, columns=Row._fields, start_step=first_step, measure_per=per)
+def kept(folder: str, per: str | None, index: int) -> Kept:
+    return Kept(Path(folder), measure_per=per)
 
 
 def history(rounds: int) -> tuple[str, dict[str, Any]]:

@@ -74,5 +74,5 @@ class EntryLimiter(Limiter):
         change = Clamp(low, high, places)
         row = read_row(row, on_host)
         if on_cpu:
-            return Outcome(joint.item(), high, change, row, measured, known.nothing)
-        return Outcome(joint.view(1), joint.new_full((1,), high), change, row, measured, known.nothing)
+            return Outcome(joint.item(), high, change, row, measured, known.nothing, each)
+        return Outcome(joint.view(1), joint.new_full((1,), high), change, row, measured, known.nothing, each)

@@ -33,6 +33,7 @@ class Outcome:
     row: Row | Tensor  # of a step that goes ahead; on the host where the host decides
     measured: Tensor | None  # norms of the scopes that `measure_per` asked for, NaN for absent ones
     nothing: bool  # whether this rank has no gradient, and no other rank has
+    each: Tensor | None = None  # norms of the parameters, `(P,)`, where they are known anyway
 
     @property
     def finite(self) -> float | Tensor:
@@ -62,6 +63,7 @@ class Sizes:
     weights: Tensor | None  # the same of the weights, where the method wants it
     measured: Tensor | None  # as in `Outcome`
     known: Reduced  # what all ranks know of it
+    each: Tensor | None = None  # the same
 
 
 class Limiter(ABC):
@@ -122,6 +124,11 @@ class Limiter(ABC):
             self.learned.learn(outcome.sizes, outcome.limits, whole)
 
     @final
+    def threshold(self, outcome: Outcome, step: int) -> Any:
+        """From which size on each scope is clipped, `(S,)`, or the float of the only one; before it is learned from."""
+        return self.learned.rule.threshold(outcome.sizes, outcome.limits, step)
+
+    @final
     def anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
         """For each parameter that is served whether its flag is up on some rank; all ranks ask together."""
         return flags if self._reducer is None else self._reducer.anywhere(flags)
@@ -142,7 +149,7 @@ class Limiter(ABC):
         looks = sizes.is_cpu and not method.may_grow
         if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
             row = row_of(norm, norm, limit=float(limit))
-            return Outcome(sizes, limits, None, row, found.measured, found.known.nothing)
+            return Outcome(sizes, limits, None, row, found.measured, found.known.nothing, found.each)
         wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
         coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
         some = coefs.numel() > 0
@@ -154,7 +161,8 @@ class Limiter(ABC):
             clipped=((sizes > limits) & finite).to(wide).sum() / self._scopes_there(gradients, found.known),
             changed=(coefs != 1).any(),
         )
-        return Outcome(sizes, limits, change(coefs), read_row(row, on_host), found.measured, found.known.nothing)
+        row = read_row(row, on_host)
+        return Outcome(sizes, limits, change(coefs), row, found.measured, found.known.nothing, found.each)
 
     @final
     def _scopes_there(self, gradients: Tensors, known: Reduced) -> int | Tensor:
@@ -274,7 +282,7 @@ class ScopeLimiter(Limiter):
         weights = norms.scope_norms(known.norms[1], self._scopes, p) if method.needs_weight else None
         joint = of_scopes[0] if len(of_scopes) == 1 else norms.joint_norm(each, p)
         measured = self._measured_norms(gradients, known, each)
-        return Sizes(of_scopes, joint, sizes, weights, measured, known)
+        return Sizes(of_scopes, joint, sizes, weights, measured, known, each)
 
     def _root_counts(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""
@@ -299,13 +307,13 @@ class ScopeLimiter(Limiter):
         limit = method.limit(size, None, step)
         if learned.adaptive and not limit > 0:
             limit = math.inf
-        nothing = known is not None and known.nothing
+        nothing, each = (False, None) if known is None else (known.nothing, known.norms[0])
         over = size > limit and norm < math.inf
         if not (over or method.may_grow):
-            return Outcome(size, limit, None, row_of(norm, norm, limit=limit), measured, nothing)
+            return Outcome(size, limit, None, row_of(norm, norm, limit=limit), measured, nothing, each)
         coef = coefs_of(method, size, limit, step) if math.isfinite(norm) else 1.0
         row = row_of(norm, norm * coef, limit=limit, coef=coef, clipped=float(over), changed=float(coef != 1.0))
-        return Outcome(size, limit, ScaleAll(coef) if coef != 1.0 else None, row, measured, nothing)
+        return Outcome(size, limit, ScaleAll(coef) if coef != 1.0 else None, row, measured, nothing, each)
 
     def _joint(self, gradients: Tensors) -> tuple[float | None, Reduced | None]:
         """The joint norm, None unless on CPU, and where those of the parameters are wanted too, what is known."""

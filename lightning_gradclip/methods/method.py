@@ -80,6 +80,10 @@ class ClipMethod(KnownArguments):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define limit(size, weight, step)")
 
+    def threshold(self, size: Tensor, limit: Tensor, step: int) -> Tensor:
+        """From which size on a scope is clipped, `(S,)`, for the record: the limit, unless that depends on the size."""
+        return limit
+
     def coef(self, size: Tensor, limit: Tensor) -> Tensor:
         """The factor for each scope, `(S,)`: limit / (size + epsilon) above the limit and exactly 1 within."""
         return where(size > limit, divide(limit, size + self.epsilon), 1.0)

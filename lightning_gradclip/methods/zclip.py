@@ -90,6 +90,12 @@ class ZClip(ClipMethod):
         limit = where(self.state["count"] >= self.warmup, limit, math.inf)
         return limit if self.max_norm is None else minimum(limit, value_at(self.max_norm, step))
 
+    def threshold(self, size: Number, limit: Number, step: int) -> Number:
+        mean, std = self.state["mean"], sqrt(self.state["var"])
+        highest = mean + self.z_threshold * (std if self.mode == "max" else std + 1e-6)
+        found = where(self.state["count"] >= self.warmup, highest, math.inf)
+        return found if self.max_norm is None else minimum(found, value_at(self.max_norm, step))
+
     def update(self, size: Number, limit: Number, active: Truth) -> None:
         mean, var, count = self.state["mean"], self.state["var"], self.state["count"]
         warm = count < self.warmup

@@ -1,5 +1,6 @@
 """What steps did: one row each, the window between two looks, and the history on disk.
 
-Doors: `step.StepStats` for the last step, `window.Window` for those since somebody looked, `history.History` and
-`history_writer.HistoryWriter` for all of them. What reads and writes histories does without torch.
+Doors: `step.StepStats` for the last step, `context.Context` for what is known beside its row, `window.Window` for those
+since somebody looked, `kept.Kept`, `history.History` and `history_writer.HistoryWriter` for all of them, and
+`files.HistoryError` for what their files may do. What reads and writes histories does without torch.
 """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_gradclip.record.context import FIELDS, NOTHING, Context
 from lightning_gradclip.record.step import Row
 
 # Below a mebibyte of rows and two of norms, however rarely somebody looks.
@@ -33,13 +34,19 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 class Packed(NamedTuple):
     """Consecutive steps on the host: their numbers, `n`, and rows, `(n, len(Row._fields))`.
 
-    And the measured scopes, `S`, with their norms, `(n, S)`, NaN for absent ones.
+    And the measured scopes, `S`, with their norms, `(n, S)`, NaN for absent ones. The rest is as `Context` has it: its
+    first fields, `(n, len(FIELDS))`, scopes with thresholds of their own, `T`, these, `(n, T)`, and of some steps, by
+    their place, the scopes with the largest shares.
     """
 
     steps: list[int]
     rows: Numbers
     scopes: tuple[str, ...]
     norms: Numbers
+    context: Numbers
+    threshold_scopes: tuple[str, ...] = ()
+    thresholds: Numbers = np.empty((0, 0))
+    shares: tuple[tuple[int, tuple[str, ...], tuple[float, ...]], ...] = ()
 
 
 Reader: TypeAlias = Callable[[Packed], None]
@@ -58,6 +65,8 @@ class Window:
         self._rows: list[Row | Tensor] = []
         self._norms: list[Tensor] = []
         self._scopes: tuple[str, ...] = ()
+        self._contexts: list[Context] = []
+        self._threshold_scopes: tuple[str, ...] = ()
         self._capacity = _CAPACITY
         # What the readers were told of and the aggregates were not; norms of the latest scopes.
         self._rows_seen: list[Numbers] = []
@@ -73,17 +82,29 @@ class Window:
         """Say of no step any more, those not yet told included, which norm the optimizer received."""
         self._disclaimed = True
 
-    def add(self, step: int, row: Row | Tensor, scopes: tuple[str, ...] = (), norms: Tensor | None = None) -> None:
-        """Record one step by its number, for the readers, its row, and norms of the measured scopes, `(S,)`.
+    def add(
+        self,
+        step: int,
+        row: Row | Tensor,
+        scopes: tuple[str, ...] = (),
+        norms: Tensor | None = None,
+        context: Context = NOTHING,
+    ) -> None:
+        """Record one step by its number, for the readers, its row, norms of the measured scopes, `(S,)`, and the rest.
 
         Tensors must not be written again.
         """
+        if context.scopes is not self._threshold_scopes and context.scopes != self._threshold_scopes:
+            self.look()
+            self._threshold_scopes = context.scopes
+            self._capacity = _capacity_for(self._scopes, context.scopes)
         if scopes is not self._scopes and scopes != self._scopes:
             self.look()
             self._fold_scopes()
             self._scopes = scopes
-            self._capacity = _capacity_for(scopes)
+            self._capacity = _capacity_for(scopes, self._threshold_scopes)
         self._step_numbers.append(step)
+        self._contexts.append(context)
         self._rows.append(row)
         if norms is not None:
             self._norms.append(norms)
@@ -94,9 +115,8 @@ class Window:
         """Tell the readers of all steps that they have not seen, which makes the host wait for the device."""
         if not self._rows:
             return
-        rows, norms = _fetched(self._rows, self._norms)
-        packed = Packed(self._step_numbers, rows, self._scopes, norms)
-        self._step_numbers, self._rows, self._norms = [], [], []
+        packed = self._packed()
+        self._step_numbers, self._rows, self._norms, self._contexts = [], [], [], []
         self._rows_seen.append(packed.rows)
         self._count_seen += len(packed.rows)
         if packed.scopes:
@@ -131,6 +151,11 @@ class Window:
         self._by_scope = {}
 
     @property
+    def has_readers(self) -> bool:
+        """Whether anybody is told of the steps."""
+        return bool(self._readers)
+
+    @property
     def is_empty(self) -> bool:
         """Whether no step was recorded since the last `clear`."""
         return not (self._rows or self._rows_seen or self._aggregate.update_called)
@@ -138,7 +163,8 @@ class Window:
     @property
     def is_on_device(self) -> bool:
         """Whether looking would have to fetch something from a device other than the CPU."""
-        return any(isinstance(one, Tensor) and not one.is_cpu for one in (*self._rows, *self._norms))
+        told = (value for context in self._contexts for value in context)
+        return any(isinstance(one, Tensor) and not one.is_cpu for one in (*self._rows, *self._norms, *told))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only; the readers are told of all steps up to here."""
@@ -155,17 +181,30 @@ class Window:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` left off, to the bit; the readers are not told of these steps again."""
         self._step_numbers, self._rows, self._norms, self._scopes = [], [], [], tuple(state["scopes"])
+        self._contexts = []
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
         self._since_start = dict(state["since_start"])
         self._rows_seen, self._norms_seen = (
             [_on_host(matrix).copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
         )
-        self._count_seen, self._capacity = len(state["rows"]), _capacity_for(self._scopes)
+        self._count_seen, self._capacity = len(state["rows"]), _capacity_for(self._scopes, ())
+        self._threshold_scopes = ()
         self._aggregate.reset()
         if state["aggregate"]:
             self._aggregate.load_state_dict(_copied(state["aggregate"]))
             # An update without a row marks the metric as seen without changing it.
             self._aggregate.update(torch.zeros(0, len(Row._fields), dtype=torch.float64, device="cpu"))
+
+    def _packed(self) -> Packed:
+        contexts, steps = self._contexts, len(self._rows)
+        thresholds = [one.thresholds for one in contexts if one.thresholds is not None]
+        told = list(zip(*(one[: len(FIELDS)] for one in contexts), strict=True))
+        rows, norms, limits, *columns = _fetched(self._rows, self._norms, thresholds, *told)
+        norms, limits = (found if len(found) else np.empty((steps, 0)) for found in (norms, limits))
+        shares = ((place, *one.shares) for place, one in enumerate(contexts) if one.shares is not None)
+        context = np.concatenate(columns, axis=1)
+        names = self._scopes, self._threshold_scopes
+        return Packed(self._step_numbers, rows, names[0], norms, context, names[1], limits, tuple(shares))
 
     def _fold(self) -> None:
         """Take all steps into the aggregates."""
@@ -344,19 +383,28 @@ class Aggregate(Metric):
         return {name: found[name] for name in order if name in found}
 
 
-def _capacity_for(scopes: tuple[str, ...]) -> int:
-    return max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes))))
+def _capacity_for(scopes: tuple[str, ...], threshold_scopes: tuple[str, ...]) -> int:
+    return max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes), len(threshold_scopes))))
 
 
-def _fetched(rows: Sequence[Row | Tensor], norms: Sequence[Tensor]) -> tuple[Numbers, Numbers]:
-    """Rows, `(n, len(Row._fields))`, and norms, `(n, S)`, in one copy from the device."""
-    first = next((row for row in rows if isinstance(row, Tensor)), None)
-    parts = [torch.stack([one.to(norms[-1]) for one in norms])] if norms else []
+def _fetched(*things: Sequence[Any]) -> list[Numbers]:
+    """Of each list of `n` rows, vectors or numbers a matrix on the host, `(n, width)`; in one copy from the device."""
+    placed = [_stacked(ones) for ones in things]
+    away = [one for one in placed if isinstance(one, Tensor)]
+    if not away:
+        return [one for one in placed if not isinstance(one, Tensor)]
+    whole = _on_host(torch.cat([one.to(away[0]) for one in away], 1))
+    fetched = iter(np.split(whole, np.cumsum([one.shape[1] for one in away])[:-1], axis=1))
+    return [next(fetched) if isinstance(one, Tensor) else one for one in placed]
+
+
+def _stacked(ones: Sequence[Any]) -> Numbers | Tensor:
+    first = next((one for one in ones if isinstance(one, Tensor)), None)
     if first is None:
-        return np.array(rows, np.float64), _on_host(parts[0]) if parts else np.empty((len(rows), 0))
-    parts.insert(0, torch.stack([row if isinstance(row, Tensor) else first.new_tensor(row) for row in rows]))
-    whole = _on_host(torch.cat([part.to(parts[0]) for part in parts], 1))
-    return whole[:, : len(Row._fields)], whole[:, len(Row._fields) :]
+        return np.array(ones, np.float64).reshape(len(ones), -1) if ones else np.empty((0, 0))
+    matrix = torch.stack([one.to(first) if isinstance(one, Tensor) else first.new_tensor(one) for one in ones])
+    matrix = matrix.view(len(ones), -1)
+    return _on_host(matrix) if matrix.is_cpu else matrix
 
 
 def _without(rows: Numbers, field: str) -> Numbers:

@@ -51,12 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write an HTML page about one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     report.add_argument("--out", default="gradclip.html", metavar="FILE", help="the page to write (%(default)s)")
+    report.add_argument("--force", action="store_true", help="overwrite FILE even if it is no page of this program")
     advise = commands.add_parser("advise", help="propose limits from a recorded run")
     advise.add_argument("run", metavar="RUN", help=_RUN)
     share = "share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)"
     advise.add_argument("--rate", type=_share, action="append", metavar="SHARE", help=share)
     advise.add_argument("--from-step", type=int, metavar="STEP", help="leave out the steps before this one")
     return parser
+
+
+def _tell(line: str) -> None:
+    """Say what is damaged where something sound is left."""
+    print(f"lightning-gradclip: damaged: {line}", file=sys.stderr)
 
 
 def _share(word: str) -> float:
@@ -68,13 +74,11 @@ def _share(word: str) -> float:
 
 def _report(options: argparse.Namespace) -> int:
     from lightning_gradclip.report.find import find_runs
-    from lightning_gradclip.report.page import write_report
+    from lightning_gradclip.report.page import require_page, write_report
 
-    runs = find_runs(options.runs)
-    try:
-        size = write_report(runs, options.out)
-    except OSError as error:
-        raise RunError(f"cannot write {options.out}: {error.strerror or error}") from error
+    require_page(options.out, force=options.force)
+    runs = find_runs(options.runs, _tell)
+    size = write_report(runs, options.out)
     print(f"wrote {options.out} ({size / 1e6:.1f} MB): {', '.join(run.name for run in runs)}")
     return 0
 
@@ -83,7 +87,7 @@ def _advise(options: argparse.Namespace) -> int:
     from lightning_gradclip.report.advice import advice
     from lightning_gradclip.report.find import find_runs
 
-    runs = find_runs([options.run])
+    runs = find_runs([options.run], _tell)
     print("\n\n".join(advice(run, options.rate or (0.01, 0.1), options.from_step) for run in runs))
     return 0
 

@@ -4,17 +4,20 @@ A log event covers all steps since the one before: the norm is their mean. Where
 """
 
 import csv
+import io
 import os
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import numpy as np
 
-from lightning_gradclip.record.history import FORMAT, History, HistoryFormatError, ScopePart
+from lightning_gradclip.record.files import HistoryFormatError, open_file
+from lightning_gradclip.record.history import FORMAT, History, ScopePart, is_ours
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.run import Numbers, Run, comparable, from_history
 
@@ -24,59 +27,99 @@ _RATE, _MARKS = "clip_rate", ("clip_rate", "nonfinite")
 
 # Of each metric the values by step.
 _Points: TypeAlias = Mapping[str, Mapping[int, float]]
+# Reads the runs of one folder or file, with their folders.
+_Source: TypeAlias = Callable[[], list[tuple[Path, Run]]]
 
 
-def find_runs(paths: Sequence[str | Path]) -> list[Run]:
+def find_runs(paths: Sequence[str | Path], tell: Callable[[str], None] = warnings.warn) -> list[Run]:
     """All runs in or below history folders, log files, or folders that hold such, named so that they can be told apart.
 
+    Args:
+        paths: Where to look.
+        tell: Called with a line about each thing that is damaged, where something sound is left.
+
     Raises:
-        RunError: If a path holds no run, or a damaged one.
+        RunError: If a path holds no run, or only damaged ones.
     """
-    found = {(folder, run.name): run for path in paths for folder, run in _runs_of(Path(path))}
+    found = {(folder, run.name): run for path in paths for folder, run in _runs_of(path, tell)}
     names = _names([folder for folder, _ in found])
     return [replace(run, name=f"{name} {run.name}".strip()) for name, run in zip(names, found.values(), strict=True)]
 
 
-def _runs_of(path: Path) -> list[tuple[Path, Run]]:
+def _runs_of(given: str | Path, tell: Callable[[str], None]) -> list[tuple[Path, Run]]:
     """The runs of one path with their folders; the name of a run is what it has besides its folder's."""
-    if not path.exists():
+    path = Path(given)
+    if not str(given) or "\0" in str(given):
+        raise RunError(f"{str(given)!r} is no name of a file or folder")
+    if not os.path.exists(path):
         raise RunError(f"{path} does not exist")
-    try:
-        found = list(_recorded(path)) or list(_logged(path))
-    except HistoryFormatError as error:
-        raise RunError(str(error)) from error
-    except OSError as error:
-        raise RunError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+    errors: list[str] = []
+    found = _read(_recorded(path), errors) or _read(_logged(path), errors)
+    if not found and errors:
+        raise RunError(errors[0])
     if not found:
         raise RunError(
             f"{path} holds no gradient clipping: neither a history (meta.json, steps.npy), nor a metrics.csv or "
             "TensorBoard file with gradclip/clip_rate in it"
         )
+    for line in [*errors, *(f"{folder}: {line}" for folder, run in found for line in run.damage)]:
+        tell(line)
     return [(folder.resolve(), run) for folder, run in found]
 
 
-def _recorded(path: Path) -> Iterator[tuple[Path, Run]]:
+def _read(sources: Iterable[_Source], errors: list[str]) -> list[tuple[Path, Run]]:
+    """The runs of all sources that can be read, and why the others cannot."""
+    found: list[tuple[Path, Run]] = []
+    for source in sources:
+        try:
+            found += source()
+        except (RunError, HistoryFormatError) as error:
+            errors.append(str(error))
+        except OSError as error:
+            errors.append(f"cannot read {error.filename}: {error.strerror or error}")
+    return found
+
+
+def _recorded(path: Path) -> Iterator[_Source]:
     if path.name in {"meta.json", "steps.npy"}:
         path = path.parent
     # What the user named is read in any case: if it is not ours, that has to be said.
     folders = [path]
     if not (path / "steps.npy").exists():
-        folders = [one for one in _below(path, "meta.json") if FORMAT.encode() in (one / "meta.json").read_bytes()]
-    return ((folder, from_history(History(folder))) for folder in folders)
+        described = [one for one in _below(path, "meta.json") if _is_described(one / "meta.json")]
+        folders = sorted({*described, *filter(is_ours, _below(path, "steps.npy"))})
+    return (partial(_from_history, folder) for folder in folders)
 
 
-def _logged(path: Path) -> Iterator[tuple[Path, Run]]:
-    if path.is_file():
-        return _from_tensorboard(path) if path.name.startswith(_EVENTS) else _from_csv(path)
+def _is_described(path: Path) -> bool:
+    with open_file(path) as file:
+        return FORMAT.encode() in file.read(2**20)
+
+
+def _from_history(folder: Path) -> list[tuple[Path, Run]]:
+    return [(folder, from_history(History(folder)))]
+
+
+def _logged(path: Path) -> Iterator[_Source]:
+    if not path.is_dir():
+        yield partial(_from_tensorboard if path.name.startswith(_EVENTS) else _from_csv, path)
+        return
     tables = _below(path, "metrics.csv")
     # A trainer with both loggers has written the same points twice.
-    events = [folder for folder in _below(path, _EVENTS) if folder not in tables]
-    return chain(*(_from_csv(folder / "metrics.csv") for folder in tables), *map(_from_tensorboard, events))
+    events = [folder for folder in _below(path, _EVENTS, whole=False) if folder not in tables]
+    yield from (partial(_from_csv, folder / "metrics.csv") for folder in tables)
+    yield from (partial(_from_tensorboard, folder) for folder in events)
 
 
-def _below(path: Path, start: str) -> list[Path]:
-    """Folders at or below `path` that hold a file whose name starts so, in the order of their names."""
-    return sorted(Path(folder) for folder, _, files in os.walk(path) if any(one.startswith(start) for one in files))
+def _below(path: Path, name: str, *, whole: bool = True) -> list[Path]:
+    """Folders at or below `path` that hold a file of this name, or one that begins so, in the order of their names."""
+    found = {
+        Path(folder)
+        for folder, _, files in os.walk(path)
+        for file in files
+        if (file == name if whole else file.startswith(name)) and os.path.isfile(os.path.join(folder, file))
+    }
+    return sorted(found)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -94,27 +137,48 @@ def _shared(parts: Sequence[tuple[str, ...]]) -> int:
     return next((place for place, ones in enumerate(zip(*parts, strict=False)) if len(set(ones)) > 1), 0)
 
 
-def _from_csv(path: Path) -> Iterator[tuple[Path, Run]]:
+def _from_csv(path: Path) -> list[tuple[Path, Run]]:
     points: dict[str, dict[int, float]] = defaultdict(dict)
+    prefixes: list[str] = []
+    rows = bad = 0
+    damage: list[str] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8", newline="") as file:
             table = csv.DictReader(file, strict=True)
             prefixes, wanted = _ours(table.fieldnames or ())
-            if not prefixes:
-                return
-            for row in table:
-                for name in wanted:
-                    if row[name]:
-                        points[name][int(row["step"])] = float(row[name])
+            for rows, row in enumerate(table if prefixes else (), start=1):  # noqa: B007
+                try:
+                    values = {name: float(row[name]) for name in wanted if row[name]}
+                    step = _step(row["step"]) if values else 0
+                except (ValueError, KeyError, TypeError):
+                    bad += 1
+                    continue
+                for name, value in values.items():
+                    points[name][step] = value
     except (csv.Error, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is damaged or no table: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no table of numbers by step as CSVLogger writes it: {error}") from error
-    yield from _runs(points, prefixes, path)
+        if not points:
+            raise RunError(f"{path} is damaged or no table: {error}") from error
+        damage.append(f"{path.name} is damaged after row {rows:,}: {error}")
+    if bad and not points:
+        raise RunError(
+            f"{path} is no table of numbers by step as CSVLogger writes it: {bad:,} of {rows:,} rows are not"
+        )
+    if bad:
+        damage.append(f"{path.name}: {bad:,} of {rows:,} rows are no numbers by step")
+    return [(folder, replace(run, damage=tuple(damage))) for folder, run in _runs(points, prefixes, path)]
 
 
-def _from_tensorboard(path: Path) -> Iterator[tuple[Path, Run]]:
+def _step(word: str) -> int:
+    step = int(word)
+    if not 0 <= step < 2**53:
+        raise ValueError(f"{step} is no step")
+    return step
+
+
+def _from_tensorboard(path: Path) -> list[tuple[Path, Run]]:
     """The runs in a folder of event files, or in one file."""
+    if not path.is_dir():
+        open_file(path).close()
     try:
         from tensorboard.backend.event_processing import event_accumulator  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
@@ -125,7 +189,7 @@ def _from_tensorboard(path: Path) -> Iterator[tuple[Path, Run]]:
     events = event_accumulator.EventAccumulator(str(path), size_guidance={event_accumulator.SCALARS: 0})
     events.Reload()
     prefixes, wanted = _ours(cast("list[str]", events.Tags()["scalars"]))
-    yield from _runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, prefixes, path)
+    return [*_runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, prefixes, path)]
 
 
 def _ours(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -164,7 +228,9 @@ def _run(points: _Points, scopes: _Points, prefix: str, name: str) -> Run:
         values = points.get(metric, {})
         return np.array([values.get(step, np.nan) for step in steps], dtype=float)
 
-    norms = [column(scope, scopes) for scope in scopes]
+    # What is beyond float32 is infinite, as in a history.
+    with np.errstate(over="ignore"):
+        norms = [column(scope, scopes).astype(np.float32) for scope in scopes]
     norm, largest = column("norm"), column("norm_max")
     index = prefix.split("/")[-2]
     return Run(
@@ -181,7 +247,7 @@ def _run(points: _Points, scopes: _Points, prefix: str, name: str) -> Run:
         skipped=_increments(column("skipped")),
         nonfinite=_increments(column("nonfinite")),
         overflows=_increments(column("overflows")),
-        parts=(ScopePart(0, tuple(scopes), np.stack(norms, axis=1).astype(np.float32)),) if scopes else (),
+        parts=(ScopePart(0, tuple(scopes), np.stack(norms, axis=1)),) if scopes else (),
         optimizer=int(index) if index.isdecimal() else None,
     )
 

@@ -135,4 +135,5 @@ def median(rows: npt.NDArray[np.floating]) -> Numbers:
     low = np.take_along_axis(filled, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
     high = np.take_along_axis(filled, (count // 2)[None].clip(max=len(rows) - 1), axis=0)[0]
     with np.errstate(invalid="ignore"):
-        return np.where(count > 0, (low.astype(float) + high) / 2, np.nan)
+        # Halves, since the sum of two of the largest numbers is none.
+        return np.where(count > 0, low.astype(float) / 2 + high.astype(float) / 2, np.nan)

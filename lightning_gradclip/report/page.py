@@ -1,6 +1,7 @@
 """One HTML file that needs no network: text and tables are written here, charts are drawn by the browser."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradclip.record.history import replace_file
+from lightning_gradclip.record.files import replace_file
+from lightning_gradclip.record.history import is_ours
 from lightning_gradclip.report import RunError
 from lightning_gradclip.report.charts import payload
 from lightning_gradclip.report.layers import Finding, Heat, findings, heat
@@ -21,6 +23,7 @@ from lightning_gradclip.report.words import Sentence, number, percent, sentences
 # In this order: each uses what those before it define.
 _SCRIPTS = ("base.js", "norms.js", "page.js")
 _ACTIONS = {"clip": "", "skip": ", steps over the limit dropped", "observe": ", observed only"}
+_RECORDS = {".npy", ".json", ".lock"}
 _LARGEST = 10
 _SHARES = (50, 75, 90, 95, 99, 99.9)
 
@@ -60,10 +63,36 @@ class Shown:
         return [f"from step {one['from_step']:,}: {line}" for one, line in zip(self.run.segments, lines, strict=True)]
 
 
+def require_page(out: str | Path, *, force: bool = False) -> None:
+    """Refuse to write where something else is: a RunError for a file that is no page of ours, unless `force`.
+
+    What a run is read from is never overwritten.
+    """
+    path = Path(out)
+    if not str(out) or "\0" in str(out):
+        raise RunError(f"{str(out)!r} is no name of a page; write --out gradclip.html")
+    if path.is_dir() or not path.parent.is_dir():
+        raise RunError(f"cannot write {out}: {'Is a directory' if path.is_dir() else 'its folder does not exist'}")
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise RunError(f"cannot write {out}: it is no regular file; name another with --out")
+    logged = path.name == "metrics.csv" or path.name.startswith("events.out.tfevents")
+    if logged or (is_ours(path.parent) and path.suffix in _RECORDS):
+        raise RunError(f"{out} is a part of a record, which a page never overwrites; name another file with --out")
+    with path.open("rb") as file:
+        ours = file.read(2048)
+    if not force and not (ours.startswith(b"<!doctype html>") and b"<title>Gradient clipping: " in ours):
+        raise RunError(f"{out} exists and is no page of this program; name another with --out, or overwrite: --force")
+
+
 def write_report(runs: Sequence[Run], out: str | Path) -> int:
-    """Write the page and return its size in bytes; a file that is there is replaced when the new one is complete."""
+    """Write the page and return its size in bytes; a page that is there is replaced when the new one is complete."""
     content = page(runs).encode("utf-8", "replace")
-    replace_file(Path(out), content)
+    try:
+        replace_file(Path(out), content)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
     return len(content)
 
 

@@ -34,6 +34,7 @@ class Run:
     parts: tuple[ScopePart, ...] = ()  # norms of scopes; `first_row` is a position in the arrays above
     segments: tuple[Mapping[str, Any], ...] = ()  # settings, each `from_step` on; empty where a logger kept none
     optimizer: int | None = None  # its index, where there are several
+    damage: tuple[str, ...] = ()  # what could not be read, a line each
 
     def __len__(self) -> int:
         return len(self.step)
@@ -82,7 +83,8 @@ def from_history(history: History, name: str = "") -> Run:
         overflows=rows["overflow"].astype(float),
         parts=history.parts,
         segments=segments,
-        optimizer=history.meta.get("optimizer"),
+        optimizer=history.meta["optimizer"],
+        damage=history.damage,
     )
 
 

@@ -5,12 +5,15 @@ batch. The engine clips the joint 2-norm by torch's formula, which is `NormClip`
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.methods.norm import NormClip
+from lightning_gradclip.record.context import UNKNOWN, Context, number
 from lightning_gradclip.record.step import Row, amended, overflowing, row_of
 from lightning_gradclip.record.window import Reader, Recorded, Window
 from lightning_gradclip.trainer.lightning import MisconfigurationException, Trainer
@@ -73,8 +76,11 @@ class Delegated(Recorded):
         self._limit = limit
         self._done, self._dropped = self._engine.global_steps, self._engine.skipped_steps
 
-    def record(self, at: int) -> None:
-        """Look at what the engine did in the batch of this number that ends, which may only have accumulated."""
+    def record(self, at: int, told: Callable[[], Mapping[str, Any]]) -> None:
+        """Look at what the engine did in the batch of this number that ends, which may only have accumulated.
+
+        If it took a step, `told` says what the history wants to know of it.
+        """
         engine = self._engine
         if engine.global_steps == self._done:
             return
@@ -83,7 +89,7 @@ class Delegated(Recorded):
         # A step that the engine drops leaves the norm of an earlier one behind.
         norm: Any = math.inf if skipped else engine.get_global_grad_norm()
         if norm is not None:
-            self._window.add(at, self._row(float(norm), skipped=skipped))
+            self._window.add(at, self._row(float(norm), skipped=skipped), context=_context(**told()))
             self._steps += 1
 
     def _row(self, norm: float, *, skipped: bool) -> Row:
@@ -91,6 +97,10 @@ class Delegated(Recorded):
         coef = self._limit / (norm + 1e-6) if over else 1.0
         row = row_of(norm, norm * coef, limit=self._limit, coef=coef, clipped=float(over), changed=float(over))
         return amended(overflowing(row), changed=1.0) if skipped else row
+
+
+def _context(loss: Tensor | None = None, **known: Any) -> Context:
+    return Context(loss=UNKNOWN if loss is None else number(loss), **known)
 
 
 def _limit(method: ClipMethod | None) -> float:

@@ -1,27 +1,24 @@
 """Every step of a fit: into the history on the disk, and to whoever wants a histogram of the norms."""
 
-import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gradclip.act.policy import Options
-from lightning_gradclip.record.history import HistoryError, HistoryFormatError, read_steps
-from lightning_gradclip.record.history_writer import HistoryWriter
+from lightning_gradclip.record.kept import Kept
 from lightning_gradclip.record.step import Row
 from lightning_gradclip.record.window import Numbers, Packed, Reader, Recorded
 from lightning_gradclip.trainer.lightning import Callback, MisconfigurationException, Trainer
 
-# Opens the history of an optimizer, given its index and the first step of the fit.
-Opening = Callable[[int, int], HistoryWriter]
+# The history of an optimizer by its index.
+Keeping = Callable[[int], Kept]
 
 _NORM = Row._fields.index("norm")
 
@@ -29,9 +26,9 @@ _NORM = Row._fields.index("norm")
 class Recorder:
     """Reads the steps of all optimizers of a fit for their histories, if any, and for histograms: 8 bytes a step."""
 
-    def __init__(self, clippers: Mapping[int, Recorded], opening: Opening | None, *, histograms: bool) -> None:
-        self._clippers, self._opening, self._histograms = clippers, opening, histograms
-        self._writers: dict[int, HistoryWriter] = {}
+    def __init__(self, clippers: Mapping[int, Recorded], keeping: Keeping | None, *, histograms: bool) -> None:
+        self._clippers, self._keeping, self._histograms = clippers, keeping, histograms
+        self._kept: dict[int, Kept] = {}
         self._norms: defaultdict[int, list[Numbers]] = defaultdict(list)
         self._first: int | None = None
         self.step = 0
@@ -44,21 +41,14 @@ class Recorder:
 
     def readers(self, index: int) -> tuple[Reader, ...]:
         """Who is to be told of the steps of the optimizer of this index."""
-        wanted = self._opening is not None or self._histograms
-        return (partial(self._take, index),) if wanted else ()
+        return (partial(self._take, index),) if self._keeping is not None or self._histograms else ()
 
     def open(self, index: int) -> None:
         """Open the history of this optimizer: at its first step, so that a folder that will not do is known at once."""
-        if self._opening is not None and index not in self._writers:
-            with self._giving_up():
-                # What is refused is not tried again.
-                opening, self._opening = self._opening, None
-                try:
-                    self._writers[index] = opening(index, self._first or 0)
-                except HistoryError:
-                    self._opening = opening
-                    raise
-                self._opening = opening
+        if self._keeping is not None:
+            if index not in self._kept:
+                self._kept[index] = self._keeping(index)
+            self._kept[index].open(self._first or 0)
 
     def take_norms(self) -> dict[int, Tensor]:
         """The same as `state_dict`, for a histogram; the next one begins."""
@@ -85,42 +75,23 @@ class Recorder:
         for clipper in self._clippers.values():
             if device_answers or not clipper.is_on_device:
                 clipper.look()
-        self._close_writers()
+        for kept in self._kept.values():
+            kept.close()
         # What may still come would begin the history anew.
-        self._opening = None
+        self._keeping = None
 
     def _take(self, index: int, packed: Packed) -> None:
         if self._histograms:
             self._norms[index].append(packed.rows[:, _NORM].copy())
         self.open(index)
-        if index in self._writers:
-            with self._giving_up():
-                self._writers[index].append(*packed)
-
-    def _close_writers(self) -> None:
-        writers, self._writers = self._writers, {}
-        for writer in writers.values():
-            with self._giving_up():
-                writer.close()
-
-    @contextlib.contextmanager
-    def _giving_up(self) -> Generator[None, None, None]:
-        """Go on without histories where one cannot be written: training is worth more."""
-        try:
-            yield
-        except HistoryError as error:
-            if self._opening is not None:
-                self._opening = None
-                rank_zero_warn(
-                    f"{error.strerror}: {error.filename}; training goes on, and its further steps are not recorded"
-                )
-            self._close_writers()
+        if self._keeping is not None:
+            self._kept[index].take(packed)
 
 
-def history_opening(
+def histories(
     trainer: Trainer, history: bool | str, name: str, options: Options, *, several: bool, only: int | None
-) -> Opening | None:
-    """How the histories of a fit are opened; None where none is written: on other ranks, and in a `fast_dev_run`.
+) -> Keeping | None:
+    """The histories of a fit by optimizer; None where none is written: on other ranks, and in a `fast_dev_run`.
 
     With `several` each optimizer has a folder of its own; else they are of the `only` one that was chosen, if any.
     """
@@ -128,21 +99,26 @@ def history_opening(
         return None
     folder = _in_logs(trainer, name) if history is True else _named(trainer, history)
     settings = {"method": options.method, "action": options.policy.action, "measure_per": options.measure_per}
+    return partial(_kept, folder, several, only, name=name, **settings)
 
-    def opening(index: int, first_step: int) -> HistoryWriter:
-        place, of = (folder / str(index), index) if several else (folder, only)
-        return _opened(place, first_step, name=name, optimizer=of, **settings)
 
-    return opening
+def _kept(folder: Path, several: bool, only: int | None, index: int, **settings: Any) -> Kept:
+    place, of = (folder / str(index), index) if several else (folder, only)
+    return Kept(place, optimizer=of, **settings)
 
 
 def _named(trainer: Trainer, history: str) -> Path:
     folders = [getattr(one, "history", None) for one in cast("list[Callback]", trainer.callbacks)]  # type: ignore[attr-defined]
-    if sum(isinstance(one, str) and os.path.abspath(one) == os.path.abspath(history) for one in folders) > 1:
+    if sum(isinstance(one, str) and _is_same(one, history) for one in folders) > 1:
         raise MisconfigurationException(
             f"two callbacks would write their histories to {history}; give each a folder of its own, or history=True"
         )
     return Path(history).expanduser()
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two spellings are of one folder."""
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def _in_logs(trainer: Trainer, name: str) -> Path:
@@ -168,18 +144,3 @@ def _directory(trainer: Trainer) -> str:
     version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
     parts = (str(part) for part in (logger.name, version) if part is not None)
     return os.path.join(logger.save_dir or trainer.default_root_dir, *parts)
-
-
-def _opened(folder: Path, start_step: int, **settings: Any) -> HistoryWriter:
-    held = 0
-    if start_step == 0:
-        # What is wrong with the folder the writer will say.
-        with contextlib.suppress(OSError, HistoryFormatError):
-            held = len(read_steps(folder))
-    writer = HistoryWriter(folder, columns=Row._fields, start_step=start_step, **settings)
-    if held:
-        rank_zero_warn(
-            f"{folder} held a history of {held:,} steps, which that of this run replaces, as it begins at step 0; "
-            "to keep both name another folder with history="
-        )
-    return writer

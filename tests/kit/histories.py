@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_gradclip.record.history import STEP
+from lightning_gradclip.record.history import CONTEXT, STEP, blank
 from lightning_gradclip.record.history_writer import HistoryWriter
 
 Array = np.ndarray
 
-COLUMNS = tuple(name for name in STEP.names or () if name != "step")
+COLUMNS = tuple(name for name in STEP.names or () if name not in {"step", *CONTEXT})
 
 
 def rows_of(steps: Array) -> Array:
@@ -37,10 +37,11 @@ def norms_of(steps: Array) -> tuple[tuple[str, ...], Array]:
 
 
 def expected(steps: Array) -> Array:
-    packed = np.zeros(len(steps), STEP)
+    packed = blank(len(steps))
     packed["step"] = steps
     for name, column in zip(COLUMNS, rows_of(steps).T, strict=True):
         packed[name] = column
+    packed["threshold"] = packed["limit"]
     return packed
 
 

