@@ -218,7 +218,8 @@ def test_the_release_that_wrote_it_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_are_kept_with_the_step_they_hold_from(tmp_path: Path) -> None:
-    methods = [NormClip(max_norm={0: 10.0, 100: 1.0}), EmaClip(), EmaClip(), EmaClip(warmup_max_norm=float("inf"))]
+    limited = EmaClip(warmup_max_norm=1.0)
+    methods = [NormClip(max_norm={0: 10.0, 100: 1.0}), limited, limited, EmaClip(warmup_max_norm=float("inf"))]
     for start, method in zip((0, 10, 20, 30), methods, strict=True):
         write(tmp_path, np.array([start]), method=method)
     meta = History(tmp_path).meta
