@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_gradclip.record.history_writer import HistoryWriter as HistoryWriter
     from lightning_gradclip.record.step import Row as Row
     from lightning_gradclip.record.step import StepStats as StepStats
+    from lightning_gradclip.report.spikes import Spike as Spike
+    from lightning_gradclip.report.spikes import spikes as spikes
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
     # A frozen application may hold no source; its imports from submodules go on working.

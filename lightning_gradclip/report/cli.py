@@ -1,4 +1,4 @@
-"""The command line: `lightning-gradclip report` and `lightning-gradclip advise`.
+"""The command line: `lightning-gradclip report`, `advise` and `spikes`.
 
 Nothing heavy is imported before a command needs it, and torch by neither.
 """
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        status = _report(options) if options.command == "report" else _advise(options)
+        status = options.verb(options)
         sys.stdout.flush()
         return status
     except RunError as error:
@@ -52,12 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     report.add_argument("--out", default="gradclip.html", metavar="FILE", help="the page to write (%(default)s)")
     report.add_argument("--force", action="store_true", help="overwrite FILE even if it is no page of this program")
+    report.set_defaults(verb=_report)
     advise = commands.add_parser("advise", help="propose limits from a recorded run")
     advise.add_argument("run", metavar="RUN", help=_RUN)
     share = "share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)"
     advise.add_argument("--rate", type=_share, action="append", metavar="SHARE", help=share)
     advise.add_argument("--from-step", type=int, metavar="STEP", help="leave out the steps before this one")
+    advise.set_defaults(verb=_advise)
+    spikes = commands.add_parser("spikes", help="name the steps that stand out, with their layers and batches")
+    spikes.add_argument("run", metavar="RUN", help=_RUN)
+    _add_forms(spikes)
+    spikes.set_defaults(verb=_spikes)
     return parser
+
+
+def _add_forms(parser: argparse.ArgumentParser) -> None:
+    forms = parser.add_mutually_exclusive_group()
+    for form in ("json", "csv"):
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"write {form.upper()}")
 
 
 def _tell(line: str) -> None:
@@ -89,6 +101,27 @@ def _advise(options: argparse.Namespace) -> int:
 
     runs = find_runs([options.run], _tell)
     print("\n\n".join(advice(run, options.rate or (0.01, 0.1), options.from_step) for run in runs))
+    return 0
+
+
+def _spikes(options: argparse.Namespace) -> int:
+    from lightning_gradclip.report.find import find_runs
+    from lightning_gradclip.report.forms import written
+    from lightning_gradclip.report.spikes import as_row, spikes_of
+    from lightning_gradclip.report.words import count, spike_line
+
+    runs = find_runs([options.run], _tell)
+    found = [(run, spikes_of(run)) for run in runs]
+    if options.form:
+        print(written([{"run": run.name, **as_row(one)} for run, spikes in found for one in spikes], options.form))
+        return 0
+    for run, spikes in found:
+        lost = int(run.nonfinite.sum())
+        print(f"{run.name}: {count(len(spikes), 'spike')} in {count(len(run), 'step')}")
+        print(*(f"  {spike_line(one)}\n" for one in spikes), sep="", end="")
+        if lost:
+            first = int(run.step[run.nonfinite.argmax()])
+            print(f"  {count(lost, 'step')} had NaN or infinite gradients, step {first:,} the first")
     return 0
 
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradclip.report.run import Flags, Numbers, Run
-
-# A step is called a spike when its norm is this many times the median of its neighbours, a block of this many steps.
-SPIKE, _BLOCK = 5.0, 101
+from lightning_gradclip.report.spikes import spike_places
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,8 @@ def summarize(run: Run) -> Summary:
         streak=_longest(run.skipped > 0),
         early=_percentile(norms[:tenth], 50),
         late=_percentile(norms[-tenth:], 50),
-        spikes=_spikes(norms),
+        spikes=len(spike_places(norms)[0]) if run.each_step else 0,
     )
-
-
-def _spikes(norms: Numbers) -> int:
-    """How many norms stand out from the median of their block of neighbours."""
-    blocks = np.array_split(norms, max(1, len(norms) // _BLOCK)) if len(norms) else []
-    return sum(int((block > SPIKE * np.median(block)).sum()) for block in blocks)
 
 
 def _percentile(values: Numbers, share: float) -> float:

@@ -18,13 +18,14 @@ from lightning_gradclip.report.layers import Finding, Heat, findings, heat
 from lightning_gradclip.report.numbers import Summary, summarize
 from lightning_gradclip.report.replay import what_if
 from lightning_gradclip.report.run import Run
+from lightning_gradclip.report.spikes import Spike, spikes_of
 from lightning_gradclip.report.words import Sentence, number, percent, sentences
 
 # In this order: each uses what those before it define.
 _SCRIPTS = ("base.js", "norms.js", "page.js")
 _ACTIONS = {"clip": "", "skip": ", steps over the limit dropped", "observe": ", observed only"}
 _RECORDS = {".npy", ".json", ".lock"}
-_LARGEST = 10
+_LARGEST, _SPIKES = 10, 200
 _SHARES = (50, 75, 90, 95, 99, 99.9)
 
 
@@ -111,6 +112,7 @@ def page(runs: Sequence[Run]) -> str:
     return environment.from_string(_resource("page.html.j2")).render(
         shown=shown,
         rows=[(name, [table[name] for table in tables]) for name in tables[0]],
+        spikes=[[_spike(one) for one in spikes_of(s.run)[:_SPIKES]] if s.run.each_step else [] for s in shown],
         limits=[_limits(s.run) for s in shown],
         largest=[_largest(s.run) for s in shown],
         scopes=[_scopes(s) for s in shown],
@@ -180,6 +182,16 @@ def _largest(run: Run) -> list[tuple[str, ...]]:
     median = float(np.median(norms[norms >= 0])) if places else np.nan
     columns = norms, norms / (median or np.nan), run.limit, run.norm_clipped
     return [(f"{run.step[place]:,}", *(number(float(column[place])) for column in columns)) for place in places]
+
+
+def _spike(one: Spike) -> tuple[str, ...]:
+    """A spike as a row: where, how large, from which layers, what was done, and what the loss did."""
+    place = ", ".join("-" if at is None else f"{at:,}" for at in (one.epoch, one.batch))
+    layers = ", ".join(f"{name} {percent(share)}" for name, share in one.layers) or "-"
+    losses = " / ".join(number(loss) for loss in (one.loss_before, one.loss, one.loss_after))
+    back = "-" if one.back_after is None else f"{one.back_after:,}"
+    numbers = number(one.norm), number(one.usual), number(one.times)
+    return (f"{one.step:,}", place, *numbers, layers, one.done, losses, back, number(one.lr))
 
 
 def _scopes(shown: Shown) -> list[tuple[str, ...]]:

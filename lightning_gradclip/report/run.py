@@ -35,6 +35,7 @@ class Run:
     segments: tuple[Mapping[str, Any], ...] = ()  # settings, each `from_step` on; empty where a logger kept none
     optimizer: int | None = None  # its index, where there are several
     damage: tuple[str, ...] = ()  # what could not be read, a line each
+    history: History | None = None  # where every step is recorded; its rows are those of the arrays above
 
     def __len__(self) -> int:
         return len(self.step)
@@ -85,6 +86,7 @@ def from_history(history: History, name: str = "") -> Run:
         segments=segments,
         optimizer=history.meta["optimizer"],
         damage=history.damage,
+        history=history,
     )
 
 

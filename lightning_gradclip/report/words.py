@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_gradclip.report.layers import Finding, Heat
-from lightning_gradclip.report.numbers import SPIKE, Summary
+from lightning_gradclip.report.numbers import Summary
 from lightning_gradclip.report.run import Run
+from lightning_gradclip.report.spikes import SPIKE, Spike
 
 _SCOPES = {
     "vanished": "{scope} receives no gradient any more: its norm is exactly 0 at the end of the run.",
@@ -58,6 +59,27 @@ def percent(share: float) -> str:
 def count(value: int, noun: str) -> str:
     """A number with its noun: "1 step", "12,000 steps"."""
     return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
+def spike_line(spike: Spike) -> str:
+    """What is known of a spike, in one line."""
+    place = [f"{name} {at:,}" for name, at in (("epoch", spike.epoch), ("batch", spike.batch)) if at is not None]
+    where = f" ({', '.join(place)})" if place else ""
+    layers = ", ".join(f"{name} {percent(share)}" for name, share in spike.layers)
+    parts = [f"norm {number(spike.norm)}, {number(spike.times)} times the {number(spike.usual)} around it"]
+    parts += [f"from {layers}"] * bool(layers)
+    limit = f" at {number(spike.threshold)}" if spike.done == "clipped" and np.isfinite(spike.threshold) else ""
+    parts += [f"{spike.done}{limit}", *_loss(spike)]
+    parts += [f"learning rate {number(spike.lr)}"] * bool(np.isfinite(spike.lr))
+    return f"step {spike.step:,}{where}: {'; '.join(parts)}"
+
+
+def _loss(spike: Spike) -> list[str]:
+    if np.isnan(spike.loss):
+        return []
+    losses = f"loss {number(spike.loss_before)} before, {number(spike.loss)} at it, {number(spike.loss_after)} after"
+    back = "not back since" if spike.back_after is None else f"back after {count(spike.back_after, 'step')}"
+    return [f"{losses}, {back}"]
 
 
 def _clipping(run: Run, summary: Summary) -> Iterator[Sentence]:
