@@ -126,6 +126,11 @@ class GradientClipping(KnownArguments, Callback):
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = checks.flag("prog_bar", prog_bar)
         self.history = checks.folder("history", history)
+        if self.history is True and (os.path.isabs(name) or os.pardir in name.split(os.sep)):
+            raise ValueError(
+                f"name={name!r} would put the history outside the logger's folder; use a name without '..', or name the "
+                "folder with history="
+            )
         self.histograms = checks.flag("histograms", histograms)
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")

@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("lightning-gradclip", description="Look at what gradient clipping did, and find a limit.")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {sys.modules['lightning_gradclip'].__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="write an HTML page about one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)

@@ -141,6 +141,5 @@ def _directory(trainer: Trainer) -> str:
     if own := getattr(logger, "log_dir", None):
         return os.fspath(own)
     # As ModelCheckpoint does it.
-    version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
-    parts = (str(part) for part in (logger.name, version) if part is not None)
-    return os.path.join(logger.save_dir or trainer.default_root_dir, *parts)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)

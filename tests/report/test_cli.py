@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lightning_gradclip
 from kit.extras import needs_report, needs_tensorboard
 from kit.histories import record
 from kit.root import ROOT
@@ -73,6 +74,13 @@ def test_both_commands_work_without_torch(tmp_path: Path) -> None:
         done = execute(WITHOUT.format("torch"), *arguments)
         assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "page.html").stat().st_size > 1e6
+
+
+@pytest.mark.parametrize("words", [["-m", "lightning_gradclip"], ["-m", "lightning_gradclip.cli"]])
+def test_it_runs_as_a_module_and_says_its_version(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"lightning-gradclip {lightning_gradclip.__version__}\n"
 
 
 def test_the_script_is_installed() -> None:

@@ -177,3 +177,20 @@ def test_recording_changes_nothing_and_validation_is_no_step(tmp_path: Path) -> 
         fit(module, given, GradientClipping(ZClip(warmup=2), history=history), **options)
     assert all(torch.equal(*pair) for pair in zip(*(one.parameters() for one in modules), strict=True))
     assert History(tmp_path).steps["batch"].tolist() == [*range(6)]
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x"])
+def test_a_name_does_not_leave_the_folder_of_the_logger(name: str) -> None:
+    with pytest.raises(ValueError, match=r"would put the history outside the logger's folder"):
+        GradientClipping(None, name=name, history=True)
+    GradientClipping(None, name=name)
+
+
+def test_it_lies_beside_the_checkpoints_where_a_logger_has_no_folder_of_a_run(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("some", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    options = {"logger": logger, "default_root_dir": tmp_path / "root", "enable_checkpointing": True}
+    fit(Prescribed(), gradients(3), GradientClipping(NormClip(), history=True), **options)
+    (checkpoints,) = tmp_path.rglob("checkpoints")
+    assert len(History(checkpoints.parent / "gradclip").steps) == 3
