@@ -128,8 +128,8 @@ class GradientClipping(KnownArguments, Callback):
         self.history = checks.folder("history", history)
         if self.history is True and (os.path.isabs(name) or os.pardir in name.split(os.sep)):
             raise ValueError(
-                f"name={name!r} would put the history outside the logger's folder; use a name without '..', or name the "
-                "folder with history="
+                f"name={name!r} would put the history outside the logger's folder; use a name without '..', or "
+                "name the folder with history="
             )
         self.histograms = checks.flag("histograms", histograms)
         if histograms and not log:
