@@ -43,6 +43,7 @@ def holding(folder: Path) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.processes
 def test_a_living_owner_keeps_the_folder_and_a_killed_one_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "it"
     with holding(folder) as process:
@@ -60,6 +61,7 @@ def test_a_living_owner_keeps_the_folder_and_a_killed_one_does_not(tmp_path: Pat
     assert History(folder).steps["step"].tolist() == [*range(12)]
 
 
+@pytest.mark.processes
 def test_a_child_of_the_owner_that_outlives_it_holds_nothing(tmp_path: Path) -> None:
     code = HOLDING.replace(
         'print("holding"', "import os\nif os.fork() == 0: sys.stdin.read(); os._exit(0)\nprint('holding'"
@@ -78,6 +80,7 @@ def test_a_child_of_the_owner_that_outlives_it_holds_nothing(tmp_path: Path) -> 
         HistoryWriter(tmp_path / "it", columns=COLUMNS, start_step=10).close()
 
 
+@pytest.mark.processes
 def test_one_process_has_one_writer_too(tmp_path: Path) -> None:
     with HistoryWriter(tmp_path, columns=COLUMNS) as first:
         append(first, 0, 3)

@@ -76,6 +76,7 @@ def test_both_commands_work_without_torch(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size > 1e6
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("words", [["-m", "lightning_gradclip"], ["-m", "lightning_gradclip.cli"]])
 def test_it_runs_as_a_module_and_says_its_version(words: list[str]) -> None:
     done = subprocess.run([sys.executable, *words, "--version"], capture_output=True, text=True, timeout=60)

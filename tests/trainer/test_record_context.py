@@ -94,6 +94,7 @@ def test_a_plain_loop_has_a_history(tmp_path: Path) -> None:
     assert math.isnan(History(tmp_path / "it-2").steps["loss"][0])
 
 
+@pytest.mark.processes
 def test_what_is_pending_is_written_when_the_process_ends(tmp_path: Path) -> None:
     code = f"""
 import torch
@@ -186,7 +187,9 @@ def test_a_name_does_not_leave_the_folder_of_the_logger(name: str) -> None:
     GradientClipping(None, name=name)
 
 
+@pytest.mark.processes
 def test_it_lies_beside_the_checkpoints_where_a_logger_has_no_folder_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="the extra loggers is not installed")
     from lightning.pytorch.loggers import MLFlowLogger
 
     logger = MLFlowLogger("some", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
