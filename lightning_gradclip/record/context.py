@@ -3,10 +3,15 @@
 Numbers that are on a device stay there until the row is read.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
 
 UNKNOWN = float("nan")
 
@@ -60,3 +65,34 @@ def largest_shares(norms: Tensor, names: tuple[str, ...], most: int = 3) -> tupl
     squares = (found / found.amax().clamp_min(torch.finfo(found.dtype).tiny)).square()
     shares, places = (squares / squares.sum()).topk(min(most, len(names)))
     return tuple(names[place] for place in places.tolist()), tuple(shares.tolist())
+
+
+def fetched(*things: Sequence[Any]) -> list[Numbers]:
+    """Of each list of `n` rows, vectors or numbers a matrix on the host, `(n, width)`; in one copy from the device."""
+    placed = [_stacked(ones) for ones in things]
+    away = [one for one in placed if isinstance(one, Tensor)]
+    if not away:
+        return [one for one in placed if not isinstance(one, Tensor)]
+    whole = on_host(torch.cat([one.to(away[0]) for one in away], 1))
+    fetched = iter(np.split(whole, np.cumsum([one.shape[1] for one in away])[:-1], axis=1))
+    return [next(fetched) if isinstance(one, Tensor) else one for one in placed]
+
+
+def _stacked(ones: Sequence[Any]) -> Numbers | Tensor:
+    first = next((one for one in ones if isinstance(one, Tensor)), None)
+    if first is None:
+        return np.array(ones, np.float64).reshape(len(ones), -1) if ones else np.empty((0, 0))
+    matrix = torch.stack([one.to(first) if isinstance(one, Tensor) else first.new_tensor(one) for one in ones])
+    matrix = matrix.view(len(ones), -1)
+    return on_host(matrix) if matrix.is_cpu else matrix
+
+
+def _without(rows: Numbers, field: str) -> Numbers:
+    rows = rows.copy()
+    rows[:, Row._fields.index(field)] = math.nan
+    return rows
+
+
+def on_host(matrix: Tensor) -> Numbers:
+    """The same numbers in float64 on the host."""
+    return matrix.cpu().double().numpy()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_gradclip.record.context import FIELDS, NOTHING, Context
+from lightning_gradclip.record.context import FIELDS, NOTHING, Context, fetched, on_host
 from lightning_gradclip.record.step import Row
 
 # Below a mebibyte of rows and two of norms, however rarely somebody looks.
@@ -120,7 +120,7 @@ class Window:
         self._rows_seen.append(packed.rows)
         self._count_seen += len(packed.rows)
         if packed.scopes:
-            covered = np.isfinite(rows[:, _NORM, None])
+            covered = np.isfinite(packed.rows[:, _NORM, None])
             self._norms_seen.append(np.where(covered, packed.norms, np.nan))
         if self._disclaimed and self._readers:
             packed = packed._replace(rows=_without(packed.rows, "norm_clipped"))
@@ -185,7 +185,7 @@ class Window:
         self._by_scope = {name: (total, count) for name, (total, count) in state["by_scope"].items()}
         self._since_start = dict(state["since_start"])
         self._rows_seen, self._norms_seen = (
-            [_on_host(matrix).copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
+            [on_host(matrix).copy()] if len(matrix := state[name]) else [] for name in ("rows", "scope_norms")
         )
         self._count_seen, self._capacity = len(state["rows"]), _capacity_for(self._scopes, ())
         self._threshold_scopes = ()
@@ -199,7 +199,7 @@ class Window:
         contexts, steps = self._contexts, len(self._rows)
         thresholds = [one.thresholds for one in contexts if one.thresholds is not None]
         told = list(zip(*(one[: len(FIELDS)] for one in contexts), strict=True))
-        rows, norms, limits, *columns = _fetched(self._rows, self._norms, thresholds, *told)
+        rows, norms, limits, *columns = fetched(self._rows, self._norms, thresholds, *told)
         norms, limits = (found if len(found) else np.empty((steps, 0)) for found in (norms, limits))
         shares = ((place, *one.shares) for place, one in enumerate(contexts) if one.shares is not None)
         context = np.concatenate(columns, axis=1)
@@ -385,36 +385,6 @@ class Aggregate(Metric):
 
 def _capacity_for(scopes: tuple[str, ...], threshold_scopes: tuple[str, ...]) -> int:
     return max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes), len(threshold_scopes))))
-
-
-def _fetched(*things: Sequence[Any]) -> list[Numbers]:
-    """Of each list of `n` rows, vectors or numbers a matrix on the host, `(n, width)`; in one copy from the device."""
-    placed = [_stacked(ones) for ones in things]
-    away = [one for one in placed if isinstance(one, Tensor)]
-    if not away:
-        return [one for one in placed if not isinstance(one, Tensor)]
-    whole = _on_host(torch.cat([one.to(away[0]) for one in away], 1))
-    fetched = iter(np.split(whole, np.cumsum([one.shape[1] for one in away])[:-1], axis=1))
-    return [next(fetched) if isinstance(one, Tensor) else one for one in placed]
-
-
-def _stacked(ones: Sequence[Any]) -> Numbers | Tensor:
-    first = next((one for one in ones if isinstance(one, Tensor)), None)
-    if first is None:
-        return np.array(ones, np.float64).reshape(len(ones), -1) if ones else np.empty((0, 0))
-    matrix = torch.stack([one.to(first) if isinstance(one, Tensor) else first.new_tensor(one) for one in ones])
-    matrix = matrix.view(len(ones), -1)
-    return _on_host(matrix) if matrix.is_cpu else matrix
-
-
-def _without(rows: Numbers, field: str) -> Numbers:
-    rows = rows.copy()
-    rows[:, Row._fields.index(field)] = math.nan
-    return rows
-
-
-def _on_host(matrix: Tensor) -> Numbers:
-    return matrix.cpu().double().numpy()
 
 
 def _joined(matrices: Sequence[Numbers], width: int) -> Tensor:
