@@ -87,12 +87,6 @@ def _stacked(ones: Sequence[Any]) -> Numbers | Tensor:
     return on_host(matrix) if matrix.is_cpu else matrix
 
 
-def _without(rows: Numbers, field: str) -> Numbers:
-    rows = rows.copy()
-    rows[:, Row._fields.index(field)] = math.nan
-    return rows
-
-
 def on_host(matrix: Tensor) -> Numbers:
     """The same numbers in float64 on the host."""
     return matrix.cpu().double().numpy()

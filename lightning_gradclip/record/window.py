@@ -387,6 +387,12 @@ def _capacity_for(scopes: tuple[str, ...], threshold_scopes: tuple[str, ...]) ->
     return max(1, min(_CAPACITY, _SCOPE_ENTRIES // max(1, len(scopes), len(threshold_scopes))))
 
 
+def _without(rows: Numbers, field: str) -> Numbers:
+    rows = rows.copy()
+    rows[:, Row._fields.index(field)] = math.nan
+    return rows
+
+
 def _joined(matrices: Sequence[Numbers], width: int) -> Tensor:
     return torch.from_numpy(np.concatenate(matrices) if matrices else np.empty((0, width)))
 
