@@ -202,9 +202,8 @@ class Window:
         rows, norms, limits, *columns = fetched(self._rows, self._norms, thresholds, *told)
         norms, limits = (found if len(found) else np.empty((steps, 0)) for found in (norms, limits))
         shares = ((place, *one.shares) for place, one in enumerate(contexts) if one.shares is not None)
-        context = np.concatenate(columns, axis=1)
-        names = self._scopes, self._threshold_scopes
-        return Packed(self._step_numbers, rows, names[0], norms, context, names[1], limits, tuple(shares))
+        of_scopes = np.concatenate(columns, axis=1), self._threshold_scopes, limits, tuple(shares)
+        return Packed(self._step_numbers, rows, self._scopes, norms, *of_scopes)
 
     def _fold(self) -> None:
         """Take all steps into the aggregates."""
