@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_gradclip.record.aggregate import Aggregate, summed
 from lightning_gradclip.record.context import FIELDS, NOTHING, Context, fetched, on_host
 from lightning_gradclip.record.step import Row
 
@@ -226,10 +226,11 @@ class Window:
         matrix = _joined(self._norms_seen, len(self._scopes))
         self._norms_seen = []
         finite = torch.isfinite(matrix)
-        sums, counts = torch.where(finite, matrix, 0.0).sum(0), finite.sum(0)
-        for name, total, count in zip(self._scopes, sums.tolist(), counts.tolist(), strict=True):
-            before = self._by_scope.get(name, (0.0, 0))
-            self._by_scope[name] = (before[0] + total, before[1] + count)
+        before = [self._by_scope.get(name, (0.0, 0)) for name in self._scopes]
+        totals = torch.tensor([total for total, _ in before], dtype=matrix.dtype, device="cpu")
+        totals = summed(totals, torch.where(finite, matrix, 0.0).T)
+        counts = (count + more for (_, count), more in zip(before, finite.sum(0).tolist(), strict=True))
+        self._by_scope.update(zip(self._scopes, zip(totals.tolist(), counts, strict=True), strict=True))
 
 
 class WindowNumbers(NamedTuple):
@@ -328,58 +329,6 @@ class Recorded:
         """Go on where `state_dict` left off."""
         self._steps = state["step"]
         self._window.load_state_dict(state["window"])
-
-
-# The field that each mean is of.
-_MEANS = {name: name for name in ("norm", "norm_clipped", "limit")} | {"clip_rate": "changed", "clipped": "clipped"}
-
-
-class Aggregate(Metric):
-    """Means, the largest norm and the smallest coefficient of steps in any number, in bounded memory.
-
-    Every rank has seen the same global values, so there is nothing to synchronise.
-    """
-
-    full_state_update = False
-    sums: Tensor
-    counts: Tensor
-    norm_max: Tensor
-    coef_min: Tensor
-
-    def __init__(self, *, by_entry: bool) -> None:
-        super().__init__(sync_on_compute=False)
-        self._by_entry = by_entry
-        zeros = [0.0] * len(_MEANS)
-        for name, value in {"sums": zeros, "counts": zeros, "norm_max": -math.inf, "coef_min": math.inf}.items():
-            self.add_state(name, torch.tensor(value, dtype=torch.float64, device="cpu"), persistent=True)
-
-    def update(self, rows: Tensor) -> None:
-        """Take in the rows of some steps, `(N, len(Row._fields))`, float64, on the host."""
-        columns = dict(zip(Row._fields, rows[torch.isfinite(rows[:, _NORM])].unbind(1), strict=True))
-        norm, coef, limit = columns["norm"], columns["coef"], columns["limit"]
-        if not len(norm):
-            return
-        if not self._by_entry:
-            # With one scope it would say the same as the rate.
-            columns["clipped"] = columns["clipped"].where(torch.isnan(limit), math.nan)
-        values = torch.stack([columns[field] for field in _MEANS.values()])
-        known = torch.isfinite(values)
-        self.sums += torch.where(known, values, 0.0).sum(1)
-        self.counts += known.sum(1)
-        self.norm_max = torch.maximum(self.norm_max, norm.amax())
-        self.coef_min = torch.minimum(self.coef_min, coef.amin())
-
-    def compute(self) -> dict[str, float]:
-        """By name, in the order in which they are logged; what is not known of every step is left out."""
-        pairs = zip(_MEANS, self.sums.tolist(), self.counts.tolist(), strict=True)
-        steps = self.counts[0].item()
-        means = {name: total / count for name, total, count in pairs if count == steps > 0}
-        extremes = {"norm_max": self.norm_max.item(), "coef_min": self.coef_min.item()}
-        if self._by_entry:
-            del extremes["coef_min"]
-        found = means | {name: value for name, value in extremes.items() if math.isfinite(value)}
-        order = ("norm", "norm_clipped", "norm_max", "limit", "coef_min", "clip_rate", "clipped")
-        return {name: found[name] for name in order if name in found}
 
 
 def _capacity_for(scopes: tuple[str, ...], threshold_scopes: tuple[str, ...]) -> int:
