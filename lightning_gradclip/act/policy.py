@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradclip import checks
 from lightning_gradclip.methods.method import ClipMethod
 from lightning_gradclip.select.parameters import Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ACTIONS = ("clip", "skip", "observe")
 MEASURES = ("group", "layer", "parameter")
@@ -16,12 +19,15 @@ NONFINITE = ("skip", "zero", "raise", "ignore")
 SCALE_FREE = ("warn", "clip", "exclude")
 
 
-@dataclass(repr=False)
-class _Required(ClipMethod):
+class _Required(ClipMethod, str):
     """The default of an argument that has none, so that its absence is refused with the way to write one.
 
-    An instance of the annotated type, which LightningCLI wants of a default, and a dataclass, as hydra-zen wants it.
+    An instance of the annotated type, which LightningCLI wants of a default, and a text, which hydra-zen takes over as
+    the value that OmegaConf writes where one is missing.
     """
+
+    def __new__(cls, *_: object) -> "Self":
+        return str.__new__(cls, "???")
 
     def __repr__(self) -> str:
         return "required"

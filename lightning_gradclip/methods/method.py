@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.methods.memory import Memory
 from lightning_gradclip.methods.numbers import Number, Truth, divide, full, largest, minimum, where
+from lightning_gradclip.methods.objects import PassedWhole
 
 
 def _row(value: float) -> Tensor:
@@ -34,7 +35,7 @@ class _OfCallbacks:
         )
 
 
-class ClipMethod(KnownArguments):
+class ClipMethod(KnownArguments, PassedWhole):
     """Base class of the clipping methods; a subclass is a rule and nothing else.
 
     A method answers sizes with limits. It never sees a gradient, a rank, a logger or Lightning: selecting, measuring,
