@@ -4,6 +4,7 @@ Importing this package imports neither torch, Lightning nor Hydra: every Hydra a
 at startup to find the configuration pack. A public name is imported when it is first used.
 """
 
+from dis import get_instructions
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -33,9 +34,15 @@ if TYPE_CHECKING:
     from lightning_gradclip.report.spikes import spikes as spikes
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
-    # A frozen application may hold no source; its imports from submodules go on working.
-    _SOURCE = __spec__.loader.get_source(__name__) or ""
-    _MODULE_OF = {w[3]: w[1] for w in map(str.split, _SOURCE.splitlines()) if w[:1] == ["from"] and w[4:5] == ["as"]}
+    def _imports():
+        """The names above, as the compiled module has them: a frozen application holds no source."""
+        for step in get_instructions(__spec__.loader.get_code(__name__)):
+            if step.opname == "IMPORT_NAME":
+                module = step.argval
+            elif step.opname == "IMPORT_FROM" and module.startswith(f"{__name__}."):
+                yield step.argval, module
+
+    _MODULE_OF = dict(_imports())
     __all__ = sorted(_MODULE_OF)
 
     def __getattr__(name):
@@ -49,6 +56,4 @@ else:
 
 # An installation has `conf` inside the package, a checkout beside it.
 if find_spec(f"{__name__}.conf") is None:
-    from lightning_gradclip.hydra.finder import serve_checkout_conf
-
-    serve_checkout_conf()
+    import_module(f"{__name__}.hydra.finder").serve_checkout_conf()

@@ -6,6 +6,7 @@ The door of everything that users configure: nothing here imports torch, so that
 import difflib
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, signature
 from numbers import Integral, Real
@@ -13,6 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    Unbounded = float
+else:
+    # A number that may be infinite: to LightningCLI `inf` is text.
+    Unbounded = float | str
 
 
 def number(
@@ -28,6 +34,8 @@ def number(
 ) -> float:
     """Return `value` as a plain float, or say which number was expected."""
     remedy = remedy and f"; {remedy}"
+    if isinstance(value, str):
+        value = from_text(name, value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){remedy}")
     try:
@@ -47,11 +55,28 @@ def number(
 def integer(name: str, value: object, *, at_least: int, remedy: str = "") -> int:
     """Return `value` as a plain int, or say which whole number was expected."""
     remedy = remedy and f"; {remedy}"
+    if isinstance(value, str):
+        value = from_text(name, value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__}){remedy}")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value!r}{remedy}")
     return int(value)
+
+
+def from_text(name: str, text: str, *, quiet: bool = False) -> float | str:
+    """The number that a text stands for, and a warning, since text is what a resolver gives by mistake; or the text.
+
+    Infinity has no spelling that all command lines take for a number: both, `inf` and `.inf`, are read in silence.
+    """
+    try:
+        value = float(text.replace(".inf", "inf"))
+    except ValueError:
+        return text
+    if math.isfinite(value) and not quiet:
+        message = f"{name} is text, {text!r}, and read as a number; ${{oc.decode:${{oc.env:NAME}}}} gives a number"
+        warnings.warn(message, stacklevel=2)
+    return int(value) if text.strip().lstrip("+-").isdecimal() else value
 
 
 # What other libraries, and other options of ours, call it.

@@ -54,7 +54,7 @@ class EmaClip(ClipMethod):
     ratio: float = 1.04
     beta: float = 0.99
     warmup: int = 100
-    warmup_max_norm: float = math.inf
+    warmup_max_norm: checks.Unbounded = math.inf
     per: str = "model"
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class NormClip(ClipMethod):
 
     on_floats = True
     max_norm: Scheduled = 1.0
-    norm_type: float = 2.0
+    norm_type: checks.Unbounded = 2.0
     min_norm: Scheduled = 0.0
     per: str = "model"
     statistic: str = "norm"

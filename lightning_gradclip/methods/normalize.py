@@ -44,7 +44,7 @@ class Normalize(ClipMethod):
     on_floats = True
     target: Scheduled = 1.0
     smoothing: float = 1e-6
-    norm_type: float = 2.0
+    norm_type: checks.Unbounded = 2.0
     per: str = "model"
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class QuantileClip(Remembering):
     window: int | None = 1000
     include_current: bool = False
     per: str = "model"
-    norm_type: float = 2.0
+    norm_type: checks.Unbounded = 2.0
 
     def __post_init__(self) -> None:
         self.q = checks.number("q", self.q, at_least=0.0, at_most=1.0, remedy="0.9 stands for the 90th percentile")

@@ -49,7 +49,7 @@ class SigmaClip(Remembering):
     window: int = 128
     warmup: int = 64
     per: str = "model"
-    norm_type: float = 2.0
+    norm_type: checks.Unbounded = 2.0
 
     def __post_init__(self) -> None:
         self.k = checks.number("k", self.k, at_least=0.0, remedy="k counts standard deviations above the mean")
