@@ -60,6 +60,7 @@ def create_defaults_list(
         # A job of the sweep has the option that they are for.
         result.config_overrides = [one for one in result.config_overrides if not is_below(one.key_or_group, place)]
     for choice in _one_for_each_place(files, overrides_list):
+        _refuse_without_room(files, choice)
         method = settle(files, choice)
         result.config_overrides = list(settled_overrides(result.config_overrides, choice, method))
     return result
@@ -107,6 +108,23 @@ def _one_for_each_place(files: Files, overrides: list[Override]) -> list[Choice]
                 f"{choice.place} is chosen twice, {both[0]} and {both[1]}; choose once, such as {GROUP}={choice.name}"
             )
     return list(chosen.values())
+
+
+def _refuse_without_room(files: Files, choice: Choice) -> None:
+    if choice.place == PARENT:
+        name = choice.path.removeprefix(f"{PARENT}/")
+        raise ConfigCompositionException(
+            f"{PARENT}={name} puts the option in the place of all callbacks; write {PARENT}=[{name}], in brackets"
+        )
+    found = files.without_room(choice.place)
+    if found:
+        path, key, kind, field = found
+        remedy = f"write {field}: Any = None in it"
+        if kind == "list":
+            remedy = f"choose another place, +{GROUP}@gradclip={choice.name}, and add ${{gradclip}} to the list"
+        raise ConfigCompositionException(
+            f"{choice.place} has no place, since {key} in '{path}' is of type {kind}, without a field {field!r}; {remedy}"
+        )
 
 
 def _origin(choice: Choice, overrides: list[Override]) -> str:

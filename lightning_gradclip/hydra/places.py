@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
 PARENT = "callbacks"
 GROUP = f"{PARENT}/gradclip"
@@ -65,6 +66,21 @@ class Files:
                 found = _inside(self.config(path), keys[len(outer) :])
                 if isinstance(found, DictConfig):
                     yield path, found
+
+    def without_room(self, place: str) -> tuple[str, str, str, str] | None:
+        """What leaves no room for a place: the file, the key in it, the type that lies there, the field it would need.
+
+        A list has no fields at all.
+        """
+        keys = place.split(".")
+        for path, package in self._placed:
+            inside = package.split(".") if package else []
+            for end in range(len(inside), len(keys)) if keys[: len(inside)] == inside else ():
+                found = _inside(self.config(path), keys[len(inside) : end])
+                kind = OmegaConf.get_type(found) if isinstance(found, (DictConfig, ListConfig)) else None
+                if kind is list or (kind not in (None, dict) and keys[end] not in set(cast("DictConfig", found))):
+                    return path, ".".join(keys[:end]) or "everything", kind.__name__, keys[end]
+        return None
 
     def taken_for_chosen(self, path: str, place: str) -> str | None:
         """The option that this file is written for: its own choice, or that of the files which it is a part of."""

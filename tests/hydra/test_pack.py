@@ -48,7 +48,7 @@ SCHEDULED = [
     (option, field.name)
     for option in METHOD_OPTIONS
     for field in dataclasses.fields(method_of(option))
-    if "dict[int, float]" in str(field.type)
+    if "dict[int" in str(field.type)
 ]
 
 # Hydra 1.3 wraps what a constructor raises, Hydra 1.4 adds the key to it.
