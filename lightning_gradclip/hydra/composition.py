@@ -123,7 +123,7 @@ def _refuse_without_room(files: Files, choice: Choice) -> None:
         if kind == "list":
             remedy = f"choose another place, +{GROUP}@gradclip={choice.name}, and add ${{gradclip}} to the list"
         raise ConfigCompositionException(
-            f"{choice.place} has no place, since {key} in '{path}' is of type {kind}, without a field {field!r}; {remedy}"
+            f"{choice.place} has no place, since {key} in '{path}' is a {kind} without {field!r}; {remedy}"
         )
 
 
@@ -131,7 +131,7 @@ def _origin(choice: Choice, overrides: list[Override]) -> str:
     """Who has chosen it: a part of the command line, or a file."""
     names = {GROUP: choice.name, PARENT: choice.path.removeprefix(f"{PARENT}/")}
     for override in overrides:
-        if names.get(override.key_or_group) in _values(override):
+        if override.key_or_group in names and names[override.key_or_group] in _values(override):
             return f"{override.input_line}"
     return f"'{choice.parent}'"
 

@@ -1,6 +1,7 @@
 """Argument checks: what they return, and what they say."""
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -26,7 +27,7 @@ def test_infinity_is_a_number_where_no_bound_excludes_it(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("1.0", "str"), (True, "bool"), (None, "NoneType"), ([1.0], "list"), (1j, "complex"), (torch.ones(()), "Tensor")],
+    [("one", "str"), (True, "bool"), (None, "NoneType"), ([1.0], "list"), (1j, "complex"), (torch.ones(()), "Tensor")],
 )
 def test_what_is_no_number_is_named_with_its_kind(value: object, kind: str) -> None:
     with pytest.raises(TypeError) as failure:
@@ -64,7 +65,7 @@ def test_an_integer_is_returned() -> None:
     assert checks.integer("x", 3, at_least=3) == 3
 
 
-@pytest.mark.parametrize(("value", "kind"), [(3.0, "float"), ("3", "str"), (True, "bool"), (None, "NoneType")])
+@pytest.mark.parametrize(("value", "kind"), [(3.0, "float"), ("three", "str"), (True, "bool"), (None, "NoneType")])
 def test_what_is_no_whole_number_is_named_with_its_kind(value: object, kind: str) -> None:
     with pytest.raises(TypeError) as failure:
         checks.integer("x", value, at_least=0, remedy="write 3")
@@ -164,7 +165,7 @@ def test_what_is_no_pattern_is_refused(value: object, item: str) -> None:
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda: checks.number("x", "1"),
+        lambda: checks.number("x", "one"),
         lambda: checks.integer("x", 1.5, at_least=0),
         lambda: checks.choice("x", "c", ("a", "b")),
     ],
@@ -173,3 +174,20 @@ def test_without_a_remedy_nothing_dangles(refused: Callable[[], object]) -> None
     with pytest.raises((TypeError, ValueError)) as failure:
         refused()
     assert ";" not in str(failure.value)
+
+
+@pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("-3", -3.0), ("1e-3", 0.001)])
+def test_a_number_in_a_text_is_read_and_said(text: str, number: float) -> None:
+    expected = re.escape(f"x is text, {text!r}, and read as a number; ${{oc.decode:${{oc.env:NAME}}}} gives a number")
+    with pytest.warns(UserWarning, match=f"^{expected}$"):
+        assert checks.number("x", text) == number
+
+
+def test_a_whole_number_in_a_text_is_one() -> None:
+    with pytest.warns(UserWarning, match="x is text, '25', and read as a number"):
+        assert checks.integer("x", "25", at_least=1) == 25
+
+
+@pytest.mark.parametrize(("text", "number"), [("inf", math.inf), (".inf", math.inf), ("-.inf", -math.inf)])
+def test_infinity_has_two_spellings(text: str, number: float) -> None:
+    assert checks.number("x", text) == number

@@ -4,6 +4,7 @@
 """
 
 import re
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -28,12 +29,17 @@ def a_schedule(application: Application) -> None:
     assert config["callbacks"]["gradclip"]["method"]["max_norm"] == {"0": 10, "1000": 1}
 
 
-def a_schedule_over_a_schedule(application: Application) -> None:
+def schedules_by_their_points(application: Application) -> None:
     option, name = "+callbacks/gradclip=scheduled", "callbacks.gradclip.method.max_norm"
-    config = application.composed(option, f"{name}=null", f"{name}={{0:5,500:1}}")
-    assert config["callbacks"]["gradclip"]["method"]["max_norm"] == {"0": 5, "500": 1}
-    # Hydra merges the points of the two otherwise, and refuses new ones.
-    assert "Key '500' is not in struct" in application.refused(option, f"{name}={{0:5,500:1}}")
+    for line, points in (
+        ([f"{name}={{0: 5, 500: 1}}"], {"0": 5, "500": 1}),
+        ([f"{name}.1000=2"], {"0": 10, "1000": 2}),
+        ([f"+{name}.2000=2"], {"0": 10, "1000": 1, "2000": 2}),
+        ([f"{name}={{0: 5}}", f"{name}.0=6"], {"0": 6}),
+    ):
+        assert application.composed(option, *line)["callbacks"]["gradclip"]["method"]["max_norm"] == points
+    swept = application.shown(option, f"{name}.1000=2,3", "-m").printed
+    assert [one["callbacks"]["gradclip"]["method"]["max_norm"]["1000"] for one in swept] == [2, 3]
 
 
 def three_callbacks(application: Application) -> None:
@@ -78,10 +84,33 @@ def beside_the_applications_callbacks(application: Application) -> None:
 
 
 def off(application: Application) -> None:
-    lines = ["callbacks/gradclip=none", "+callbacks.gradclip.method.max_norm=2", "--config-name=clipped"]
-    node = application.composed(*lines)["callbacks"]["gradclip"]
-    assert node["_target_"] == "lightning_gradclip.hydra.none.no_clipping"
+    for line in ("callbacks.gradclip.exclude='head.*'", "callbacks.gradclip.history=true"):
+        node = application.composed("callbacks/gradclip=none", line, "--config-name=clipped")["callbacks"]["gradclip"]
+        assert node["_target_"] == "lightning_gradclip.hydra.none.no_clipping"
     assert application.composed("~callbacks/gradclip", "--config-name=clipped") == {"seed": 1}
+
+
+def another_choice_than_the_experiments(application: Application) -> None:
+    for name, target in (("agc", "lightning_gradclip.AGC"), ("monitor", None), ("none", None)):
+        started = application.shown("experiment=override", f"callbacks/gradclip={name}", "--config-name=clipped")
+        method = started.printed[0]["callbacks"]["gradclip"]["method"]
+        assert method == (method and {"_target_": target, "clip_factor": 0.01, "eps": 0.001, "per": "unit"})
+        line = "callbacks.gradclip.method.z_threshold=4 in 'experiment/override' is meant for callbacks/gradclip=zclip"
+        assert f"{line} and left out, since {name} is chosen" in started.stderr
+
+
+def every_option_after_every_other(application: Application) -> None:
+    pairs = [application.python, "-W", "ignore", "pairs.py"]
+    done = subprocess.run(pairs, cwd=application.folder, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("13 options, 455 checks"), done.stdout + done.stderr
+
+
+def an_option_built_on_the_packs_of_its_name(application: Application) -> None:
+    line = ["+callbacks/gradclip@own=norm", "+callbacks/gradclip@preset=adagc", "--config-path=shadows"]
+    config = application.composed(*line)
+    assert (config["own"]["name"], config["own"]["method"]["max_norm"]) == ("ours", 0.125)
+    # The shadows hold an `ema` of their own, on which the pack's preset is not built.
+    assert (config["preset"]["method"]["ratio"], config["preset"]["method"]["per"]) == (1.04, "parameter")
 
 
 def an_experiment_chooses(application: Application) -> None:
@@ -107,12 +136,14 @@ def help_lists_the_options(application: Application) -> None:
     shown = application.shown("--help").stdout
     listed = re.search(r"^callbacks/gradclip: (.*)$", shown, re.MULTILINE)
     assert listed
-    assert {"agc", "mine", "monitor", "none", "norm", "zclip"} <= set(listed[1].split(", "))
+    listed = set(listed[1].split(", "))
+    assert {"agc", "mine", "monitor", "none", "norm", "zclip"} <= listed
+    assert not [name for name in listed if name.startswith("_")]
 
 
 def info_shows_where_the_pack_comes_from(application: Application) -> None:
     shown = application.shown("--info").stdout
-    assert re.search(r"\| lightning_gradclip +\| pkg://lightning_gradclip\.conf +\|", shown)
+    assert re.search(r"\| lightning_gradclip +\| gradclip://lightning_gradclip\.conf +\|", shown)
     assert "GradclipSearchPath" in shown
 
 
@@ -129,18 +160,30 @@ def the_shell_completes(application: Application) -> None:
 
 
 def a_sweep_over_methods_and_settings(application: Application) -> None:
-    sweep = ["+callbacks/gradclip=norm,zclip", "callbacks.gradclip.method.max_norm=0.5,2", "--multirun"]
-    methods = [config["callbacks"]["gradclip"]["method"] for config in application.shown(*sweep).printed]
-    assert [(method["_target_"].split(".")[1], method["max_norm"]) for method in methods] == [
-        *(("NormClip", 0.5), ("NormClip", 2)),
-        *(("ZClip", 0.5), ("ZClip", 2)),
+    sweep = [
+        "+callbacks/gradclip=norm,zclip",
+        "callbacks.gradclip.history=true",
+        "++callbacks.gradclip.method.per=layer",
     ]
+    nodes = [config["callbacks"]["gradclip"] for config in application.shown(*sweep, "-m").printed]
+    assert [(node["method"]["_target_"].split(".")[1], node["method"]["per"], node["history"]) for node in nodes] == [
+        ("NormClip", "layer", True),
+        ("ZClip", "layer", True),
+    ]
+
+
+def a_sweep_over_every_option(application: Application) -> None:
+    started = application.shown("+callbacks/gradclip=glob(*)", "-m")
+    targets = [config["callbacks"]["gradclip"]["_target_"] for config in started.printed]
+    # Two are the application's own.
+    assert len(targets) == 15
+    assert set(targets) == {"lightning_gradclip.GradientClipping", "lightning_gradclip.hydra.none.no_clipping"}
 
 
 WORKING: list[Line] = [
     a_method_and_its_setting,
     a_schedule,
-    a_schedule_over_a_schedule,
+    schedules_by_their_points,
     three_callbacks,
     another_place,
     the_applications_own_option,
@@ -148,6 +191,9 @@ WORKING: list[Line] = [
     the_pack_on_the_search_path,
     beside_the_applications_callbacks,
     off,
+    another_choice_than_the_experiments,
+    every_option_after_every_other,
+    an_option_built_on_the_packs_of_its_name,
     an_experiment_chooses,
     an_experiment_adds_two,
     every_key_of_an_option,
@@ -155,6 +201,7 @@ WORKING: list[Line] = [
     info_shows_where_the_pack_comes_from,
     the_shell_completes,
     a_sweep_over_methods_and_settings,
+    a_sweep_over_every_option,
 ]
 
 
@@ -190,10 +237,55 @@ def a_setting_without_an_option(application: Application) -> None:
 def two_methods_in_one_place(application: Application) -> None:
     for lines in (
         ["+callbacks/gradclip=norm", "+callbacks/gradclip=zclip"],
-        ["+callbacks/gradclip=zclip", "-cn=clipped"],
+        ["callbacks/gradclip=norm", "callbacks/gradclip=zclip", "-cn=clipped"],
     ):
-        said = application.refused(*lines)
-        assert "Multiple values for callbacks/gradclip. To override a value use" in said
+        assert f"{lines[0]} and {lines[1]} choose two options for one place" in application.refused(*lines)
+    said = application.refused("+callbacks/gradclip=zclip", "-cn=clipped")
+    assert "Multiple values for callbacks/gradclip. To override a value use" in said
+
+
+def two_ways_at_once(application: Application) -> None:
+    for listed in ("none", "monitor", "zclip"):
+        line = ["+callbacks/gradclip=norm", f"callbacks=[default,gradclip/{listed}]", "-cn=template"]
+        said = application.refused(*line)
+        assert "callbacks.gradclip is chosen twice, " in said
+        assert f"norm by {line[0]}" in said
+        assert f"{listed} by {line[1]}" in said
+    said = application.refused("+callbacks/gradclip=[norm,zclip]")
+    assert "callbacks.gradclip is chosen twice, norm by +callbacks/gradclip=[norm,zclip] and zclip by " in said
+
+
+def a_setting_without_a_method(application: Application) -> None:
+    for name in ("monitor", "none"):
+        said = application.refused(f"+callbacks/gradclip={name}", "+callbacks.gradclip.method.max_norm=2")
+        assert f"method.max_norm=2 has nothing to set, since callbacks/gradclip={name} has no method; choose" in said
+
+
+def a_point_without_a_schedule(application: Application) -> None:
+    said = application.refused("+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm.1000=2")
+    assert (
+        "sets a point of a schedule, and callbacks.gradclip.method.max_norm is 1.0; write the whole schedule, " in said
+    )
+    assert "'callbacks.gradclip.method.max_norm={0: 1.0, 1000: 2}'" in said
+    said = application.refused("+callbacks/gradclip=scheduled", "callbacks.gradclip.method.max_norm.7=2")
+    assert "To append to your config use +callbacks.gradclip.method.max_norm.7=2" in said
+
+
+def a_setting_for_each_option_of_a_sweep(application: Application) -> None:
+    line = ["+callbacks/gradclip=norm,zclip", "callbacks.gradclip.method.max_norm=0.5,2"]
+    said = application.refused(*line, "-m")
+    assert f"{line[1]} would be set for each option of {line[0]}; sweep over options of your own" in said
+    assert "or write ++callbacks.gradclip.method.max_norm if all are meant" in said
+    said = application.refused("experiment=search", "-m", "-cn=clipped")
+    assert (
+        "callbacks.gradclip.method.max_norm=1,2 would be set for each option of callbacks/gradclip=norm,zclip" in said
+    )
+
+
+def an_option_built_on_itself(application: Application) -> None:
+    said = application.refused("+callbacks/gradclip=agc", "--config-path=shadows")
+    assert "'callbacks/gradclip/agc' is built on itself, since it has the name of an option" in said
+    assert "write defaults: [_agc, _self_] in it" in said
 
 
 def an_experiment_that_overrides_what_is_not_there(application: Application) -> None:
@@ -203,15 +295,14 @@ def an_experiment_that_overrides_what_is_not_there(application: Application) -> 
 
 
 def an_option_taken_for_the_whole_group(application: Application) -> None:
-    # In brackets, callbacks=[gradclip/norm], it works.
     said = application.refused("callbacks=gradclip/norm", "--config-name=template")
-    assert "In 'callbacks/gradclip/norm': Could not load 'callbacks/_callback'" in said
+    assert "in the place of all callbacks; write callbacks=[gradclip/norm], in brackets" in said
 
 
 def callbacks_that_are_a_list(application: Application) -> None:
     said = application.refused("+callbacks/gradclip=norm", "--config-name=listed")
-    assert "In 'callbacks/gradclip/_callback': ConfigTypeError" in said
-    assert "Cannot merge" in said
+    assert "callbacks.gradclip has no place, since callbacks in 'listed' is a list without 'gradclip'; " in said
+    assert "choose another place, +callbacks/gradclip@gradclip=norm, and add ${gradclip} to the list" in said
 
 
 REFUSED: list[Line] = [
@@ -221,6 +312,11 @@ REFUSED: list[Line] = [
     a_misspelled_argument_of_the_callback,
     a_setting_without_an_option,
     two_methods_in_one_place,
+    two_ways_at_once,
+    a_setting_without_a_method,
+    a_point_without_a_schedule,
+    a_setting_for_each_option_of_a_sweep,
+    an_option_built_on_itself,
     an_experiment_that_overrides_what_is_not_there,
     an_option_taken_for_the_whole_group,
     callbacks_that_are_a_list,

@@ -79,17 +79,19 @@ def test_a_limit_may_end_at_infinity(step: int, value: float) -> None:
         ({}, ValueError, "max_norm is an empty schedule; give at least one point, max_norm={0: 1.0}"),
         ({-1: 1.0}, ValueError, "max_norm's step must be >= 0, got -1; write max_norm={0: 10.0, 1000: 1.0}"),
         (
-            {"0": 1.0},
+            {"a": 1.0},
             TypeError,
-            "max_norm's step must be a whole number, got '0' (str); write max_norm={0: 10.0, 1000: 1.0}",
+            "max_norm's step must be a whole number, got 'a' (str); write max_norm={0: 10.0, 1000: 1.0}",
         ),
+        ("{0}", TypeError, "max_norm[0] must be a number, got '' (str); use None"),
+        ({100: None}, TypeError, "max_norm[100] must be a number, got None (NoneType); use None"),
         (
             {0.5: 1.0},
             TypeError,
             "max_norm's step must be a whole number, got 0.5 (float); write max_norm={0: 10.0, 1000: 1.0}",
         ),
         ({0: 1.0, 1000: 0.0}, ValueError, "max_norm[1000] must be > 0, got 0.0; use None"),
-        ({0: "1"}, TypeError, "max_norm[0] must be a number, got '1' (str); use None"),
+        ({0: "one"}, TypeError, "max_norm[0] must be a number, got 'one' (str); use None"),
         (
             [(0, 1.0)],
             TypeError,
@@ -102,6 +104,26 @@ def test_what_is_wrong_with_a_schedule_is_said(value: object, error: type[Except
     with pytest.raises(error) as failure:
         scheduled("max_norm", value, above=0.0, remedy="use None")
     assert str(failure.value) == said
+
+
+# Keys of JSON, the spelling of both command lines as text, and what YAML 1.1 makes of it without spaces.
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"0": 10, "1000": 0.1},
+        "{0:10,1000:0.1}",
+        "{0: 10, 1000: 0.1}",
+        {"0:10": None, 60000.1: None},
+        OmegaConf.create("{0:10, 1000:0.1}"),
+    ],
+)
+def test_a_schedule_is_read_in_every_spelling(value: object) -> None:
+    assert scheduled("max_norm", value) == {0: 10.0, 1000: 0.1}
+
+
+def test_an_infinite_point_is_read_in_every_spelling() -> None:
+    for value in ("{0:inf,5:1}", "{0: .inf, 5: 1}", {0: "inf", 5: 1}, {"0:inf": None, 301: None}):
+        assert scheduled("max_norm", value) == {0: math.inf, 5: 1.0}
 
 
 def test_at_least_holds_at_every_point() -> None:
