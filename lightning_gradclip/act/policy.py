@@ -22,15 +22,13 @@ SCALE_FREE = ("warn", "clip", "exclude")
 class _Required(ClipMethod, str):
     """The default of an argument that has none, so that its absence is refused with the way to write one.
 
-    An instance of the annotated type, which LightningCLI wants of a default, and a text, which hydra-zen takes over as
-    the value that OmegaConf writes where one is missing.
+    An instance of the annotated type, which LightningCLI wants of a default, and a text, which hydra-zen takes over.
     """
 
     def __new__(cls, *_: object) -> "Self":
-        return str.__new__(cls, "???")
+        return str.__new__(cls, "required")
 
-    def __repr__(self) -> str:
-        return "required"
+    __repr__ = str.__str__
 
 
 REQUIRED = _Required()
@@ -92,7 +90,7 @@ class Policy:
 
 def _require_method(method: object) -> None:
     remedy = "write method=NormClip(max_norm=1.0), or method=None to measure without clipping"
-    if isinstance(method, _Required):
+    if isinstance(method, str) and method == REQUIRED:
         raise TypeError(f"GradientClipping needs a method; {remedy}")
     if isinstance(method, type) and issubclass(method, ClipMethod):
         raise TypeError(f"method must be an instance, got the class {method.__name__}; write {method.__name__}()")

@@ -35,7 +35,10 @@ def settle(files: Files, choice: Choice) -> object:
             _leave_out(node, f"'{path}'", meant, choice)
             continue
         _count_steps(node)
-        result = _joined(result, _plain(node)[METHOD], before)
+        method = _plain(node)[METHOD]
+        if path == choice.path:
+            _say_what_is_overwritten(result, method, choice)
+        result = _joined(result, method, before)
         before.append(node)
     return result
 
@@ -112,7 +115,7 @@ def _joined(result: object, method: object, before: list[DictConfig]) -> object:
     """Merge as Hydra will, after taking out of the files before what is replaced as a whole."""
     if not isinstance(method, dict) or not isinstance(result, dict):
         return method
-    if "_target_" in method and method["_target_"] != result.get("_target_"):
+    if "_target_" in method and method["_target_"] != result.get("_target_", method["_target_"]):
         for node in before:
             _drop(node, METHOD)
         return method
@@ -137,6 +140,18 @@ def _leave_out(node: DictConfig, where: str, meant: str, choice: Choice) -> None
         f"is chosen; what the command line sets is meant for {choice.name}",
         stacklevel=2,
     )
+
+
+def _say_what_is_overwritten(before: object, method: object, choice: Choice) -> None:
+    """Settings that lie before the option in a defaults list, which in Hydra means that the option wins."""
+    if isinstance(before, dict) and isinstance(method, dict) and "_target_" not in before:
+        lost = {name: value for name, value in before.items() if name in method and method[name] != value}
+        if lost:
+            warnings.warn(
+                f"{' '.join(_lines(f'{choice.place}.{METHOD}', lost))} comes before {GROUP}: {choice.name} in a "
+                "defaults list, and the option overwrites it; write _self_ after the option",
+                stacklevel=3,
+            )
 
 
 def _lines(key: str, value: object) -> Iterator[str]:

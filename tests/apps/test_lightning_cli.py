@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import inspect
+import math
 import re
 import shlex
 import subprocess
@@ -158,3 +159,41 @@ def test_hydra_zen_checks_types_before_anything_runs() -> None:
         instantiate(built(z_threshold="abc"))
     with pytest.raises(TypeError, match="z_thresold"):
         built(z_thresold=3.0)
+
+
+@pytest.mark.parametrize(
+    "line", ["max_norm={0:inf,1000:0.5}", "max_norm={0: .inf, 1000: 0.5}", "max_norm={'0': inf, '1000': 0.5}"]
+)
+def test_a_schedule_is_written_as_on_either_command_line(line: str) -> None:
+    assert flagged("NormClip", line).method == NormClip(max_norm={0: math.inf, 1000: 0.5})
+
+
+@pytest.mark.parametrize("line", ["norm_type=inf", "norm_type=.inf"])
+def test_infinity_is_written_as_on_either_command_line(line: str) -> None:
+    assert flagged("NormClip", line).method == NormClip(norm_type=math.inf)
+
+
+def flagged(method: str, *lines: str) -> Callback:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    flags = [f"--callback.method.{line}" for line in lines]
+    chosen = ["--callback=lightning_gradclip.GradientClipping", f"--callback.method={method}"]
+    return parser.instantiate_classes(parser.parse_args([*chosen, *flags])).callback
+
+
+def test_every_method_is_found_by_its_short_name(tmp_path: Path) -> None:
+    """In a process that has imported none."""
+    code = """
+import sys, jsonargparse
+from lightning.pytorch import Callback
+parser = jsonargparse.ArgumentParser()
+parser.add_argument("--callback", type=Callback)
+for name in sys.argv[1:]:
+    line = ["--callback=lightning_gradclip.GradientClipping", f"--callback.method={name}"]
+    print(parser.parse_args(line).callback.init_args.method.class_path)
+"""
+    names = [method.__name__ for method in METHODS]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [f"lightning_gradclip.{name}" for name in names], done.stderr

@@ -4,7 +4,9 @@ The quick tests run always. Those that build and install run by `pytest -m packa
 package index and the `dev` extra.
 """
 
+import compileall
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -44,14 +46,15 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     assert not {"torch", "lightning", "torchmetrics", "hydra", "omegaconf"} & roots
 
 
-def test_finding_the_pack_imports_four_small_modules(tmp_path: Path) -> None:
+def test_finding_the_pack_imports_six_small_modules(tmp_path: Path) -> None:
     code = (
-        "import sys, hydra.main, hydra.core.plugins; before = set(sys.modules); "
-        "import lightning_gradclip.hydra.search_path; print(*sorted(set(sys.modules) - before))"
+        "import sys, hydra.main, hydra._internal.core_plugins.importlib_resources_config_source; "
+        "before = set(sys.modules); import lightning_gradclip.hydra.search_path; print(*set(sys.modules) - before)"
     )
     added = execute(sys.executable, "-c", code, cwd=tmp_path).split()
     package = "lightning_gradclip"
-    assert set(added) - {f"{package}.hydra.finder"} == {package, f"{package}.hydra", f"{package}.hydra.search_path"}
+    room = {f"{package}.hydra.{name}" for name in ("search_path", "composition", "places", "settings")}
+    assert set(added) - {f"{package}.hydra.finder"} == {package, f"{package}.hydra", *room}
 
 
 def test_every_public_name_resolves_to_itself() -> None:
@@ -65,6 +68,19 @@ def test_a_star_import_brings_exactly_the_public_names() -> None:
     exec("from lightning_gradclip import *", names)
     assert names.keys() - {"__builtins__"} == set(lightning_gradclip.__all__)
     assert dir(lightning_gradclip) == sorted(lightning_gradclip.__all__)
+
+
+def test_names_are_found_without_source_text(tmp_path: Path) -> None:
+    """As in a frozen application, which holds compiled files only."""
+    copy = shutil.copytree(ROOT / "lightning_gradclip", tmp_path / "lightning_gradclip")
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    compileall.compile_dir(copy, quiet=1, legacy=True)
+    for file in copy.rglob("*.py"):
+        file.unlink()
+    code = "import lightning_gradclip as us; print(us.__file__, us.History.__name__, *us.__all__)"
+    file, name, *names = execute(sys.executable, "-c", code, cwd=tmp_path).split()
+    assert (Path(file), name) == (copy / "__init__.pyc", "History")
+    assert names == lightning_gradclip.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

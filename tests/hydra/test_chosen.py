@@ -1,0 +1,172 @@
+"""What an application gets for what it has chosen: the rules and tables of docs/hydra.md, composed in this process.
+
+`kit/command_lines.py` tries them as command lines, in every kind of installation.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from kit.root import ROOT
+
+AGC = "{_target_: lightning_gradclip.AGC, clip_factor: 0.02}"
+
+
+def write(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        file = folder / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def composed(folder: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+# The table in docs/hydra.md, for an application whose default is a skipping callback, beside another callback.
+OFF = [
+    (
+        "callbacks/gradclip=monitor",
+        {"_target_": "lightning_gradclip.GradientClipping", "method": None, "action": "clip"},
+    ),
+    ("callbacks/gradclip=none", {"_target_": "lightning_gradclip.hydra.none.no_clipping", "method": None}),
+    ("callbacks.gradclip.method=null", {"_target_": "lightning_gradclip.GradientClipping", "method": None}),
+    ("~callbacks/gradclip", None),
+    ("~callbacks.gradclip", None),
+    ("callbacks=null", None),
+]
+
+
+@pytest.mark.parametrize(("line", "left"), OFF)
+def test_every_way_to_switch_off(tmp_path: Path, line: str, left: dict[str, object] | None) -> None:
+    write(tmp_path, {"train": "defaults: [callbacks/gradclip: norm, _self_]\nseed: 1\n"})
+    node = (composed(tmp_path, line).get("callbacks") or {}).get("gradclip")
+    assert node == left if left is None else {key: node[key] for key in left} == left
+    assert f"| `{line}`" in (ROOT / "docs" / "hydra.md").read_text()
+
+
+def test_the_applications_own_option_none_leaves_clipping_on(tmp_path: Path) -> None:
+    defaults = "defaults: [callbacks: default, callbacks/gradclip: norm, _self_]\n"
+    write(tmp_path, {"train": defaults, "callbacks/default": "checkpoint: {a: 1}\n", "callbacks/none": "{}\n"})
+    callbacks = composed(tmp_path, "callbacks=none").callbacks
+    assert list(callbacks) == ["gradclip"]
+    assert callbacks.gradclip.method._target_ == "lightning_gradclip.NormClip"
+
+
+@dataclasses.dataclass
+class AnyCallbacks:
+    callbacks: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    checkpoint: Any = None
+
+
+@dataclasses.dataclass
+class Fields:
+    checkpoint: Any = None
+    gradclip: Any = None
+
+
+@dataclasses.dataclass
+class WithField:
+    callbacks: Fields = dataclasses.field(default_factory=Fields)
+
+
+@dataclasses.dataclass
+class NoField:
+    callbacks: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+
+
+@dataclasses.dataclass
+class Listed:
+    callbacks: list[Any] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize("schema", [AnyCallbacks, WithField])
+def test_a_configuration_with_types_has_room_for_an_option(tmp_path: Path, schema: type) -> None:
+    ConfigStore.instance().store(schema.__name__, schema)
+    write(tmp_path, {"train": f"defaults: [{schema.__name__}, callbacks/gradclip: norm, _self_]\n"})
+    cfg = composed(tmp_path, "callbacks/gradclip=value", "callbacks.gradclip.method.max_value={0: 1, 5: 2}")
+    assert instantiate(cfg.callbacks.gradclip).method.max_value == {0: 1.0, 5: 2.0}
+    with pytest.raises(ConfigCompositionException, match=r"To append to your config use \+callbacks.gradclip.actoin=1"):
+        composed(tmp_path, "callbacks.gradclip.actoin=1")
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (NoField, "callbacks in 'typed' is a Checkpoint without 'gradclip'; write gradclip: Any = None in it"),
+        (
+            Listed,
+            "callbacks in 'typed' is a list without 'gradclip'; choose another place, +callbacks/gradclip@gradclip=",
+        ),
+    ],
+)
+def test_a_configuration_with_types_without_room_is_told_how_to_make_some(schema: type, said: str) -> None:
+    ConfigStore.instance().store("typed", schema)
+    with initialize(config_path=None, version_base="1.3"), pytest.raises(ConfigCompositionException) as failure:
+        compose("typed", ["+callbacks/gradclip=norm"])
+    assert said in str(failure.value)
+
+
+def test_a_method_with_a_target_of_its_own_replaces_the_options(tmp_path: Path) -> None:
+    write(tmp_path, {"train": "seed: 1\n", "callbacks/gradclip/own": f"defaults: [norm, _self_]\nmethod: {AGC}\n"})
+    method = {"_target_": "lightning_gradclip.AGC", "clip_factor": 0.02}
+    assert composed(tmp_path, "+callbacks/gradclip=own").callbacks.gradclip.method == method
+    line = f"callbacks.gradclip.method={AGC}"
+    assert composed(tmp_path, "+callbacks/gradclip=norm", line).callbacks.gradclip.method == method
+
+
+def test_a_schedule_in_a_later_file_replaces_the_one_before(tmp_path: Path) -> None:
+    first = "defaults: [norm, _self_]\nmethod: {max_norm: {0: 10, 1000: 1}}\n"
+    second = "defaults: [first, _self_]\nmethod: {max_norm: {'0': 5, '500': 1}}\n"
+    write(tmp_path, {"train": "seed: 1\n", "callbacks/gradclip/first": first, "callbacks/gradclip/second": second})
+    assert composed(tmp_path, "+callbacks/gradclip=second").callbacks.gradclip.method.max_norm == {0: 5, 500: 1}
+
+
+def test_a_file_without_a_choice_is_written_for_the_applications_default(tmp_path: Path) -> None:
+    """And one that is built on a file with a choice, or a part of one, for that."""
+    settings = "callbacks: {gradclip: {method: {per: layer}}}\n"
+    choice = "override /callbacks/gradclip: zclip"
+    files = {
+        "train": "defaults: [callbacks/gradclip: norm, optional experiment: null, _self_]\n",
+        "experiment/plain": f"# @package _global_\n{settings}",
+        "experiment/base": f"# @package _global_\ndefaults: [{choice}]\n",
+        "experiment/built": f"# @package _global_\ndefaults: [base, _self_]\n{settings}",
+        "experiment/parted": f"# @package _global_\ndefaults: [plain, {choice}]\n",
+    }
+    write(tmp_path, files)
+    for experiment, option in (("plain", "norm"), ("built", "zclip"), ("parted", "zclip")):
+        assert composed(tmp_path, f"experiment={experiment}").callbacks.gradclip.method.per == "layer"
+        said = (
+            f"in 'experiment/(plain|built)' is meant for callbacks/gradclip={option} and left out, since ema is chosen"
+        )
+        with pytest.warns(UserWarning, match=said):
+            cfg = composed(tmp_path, f"experiment={experiment}", "callbacks/gradclip=ema")
+        assert cfg.callbacks.gradclip.method.per == "model"
+
+
+def test_settings_for_no_option_are_for_the_one_that_is_chosen(tmp_path: Path) -> None:
+    write(tmp_path, {"train": "defaults: [_self_]\ncallbacks: {gradclip: {method: {own: 1}}}\n"})
+    assert composed(tmp_path, "+callbacks/gradclip=norm").callbacks.gradclip.method.own == 1
+
+
+def test_a_setting_that_the_option_overwrites_is_named(tmp_path: Path) -> None:
+    """`_self_` stands first in many applications; the option's defaults are merged after it."""
+    setting = "callbacks: {gradclip: {method: {max_norm: 0.25, per: model}}}\n"
+    write(tmp_path, {"train": f"defaults: [_self_, callbacks/gradclip: norm]\n{setting}"})
+    said = (
+        r"^callbacks.gradclip.method.max_norm=0.25 comes before callbacks/gradclip: norm in a defaults list, and the "
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert composed(tmp_path).callbacks.gradclip.method.max_norm == 1.0
