@@ -31,6 +31,7 @@ from kit.command_lines import (
     the_pack_on_the_search_path,
 )
 from kit.root import ROOT
+from kit.unaffected import outcomes
 
 
 def execute(*command: object, cwd: Path) -> str:
@@ -238,6 +239,18 @@ def test_a_foreign_application_trains_and_is_told_its_mistakes(installed: Enviro
         assert [line for line in said if line.startswith("lightning-gradclip ")] == []
     finally:
         beside.unlink()
+
+
+@pytest.mark.packaging
+def test_applications_that_do_not_use_the_pack_see_no_difference(
+    environment: Environment, distributions: dict[str, Path]
+) -> None:
+    without = outcomes(environment.application)
+    environment.install(distributions["wheel"], by="uv")
+    try:
+        assert outcomes(environment.application) == without
+    finally:
+        environment.uninstall(by="uv")
 
 
 @pytest.mark.packaging
