@@ -309,7 +309,14 @@ class Recorded:
 
     def peek(self) -> dict[str, float]:
         """`metrics()` without clearing the window."""
-        return self.numbers().flat()
+        return self.peeked().flat()
+
+    def peeked(self) -> WindowNumbers:
+        """`numbers` of a window that stays as it was: the last bit of later sums must not depend on who has looked."""
+        state = self._window.state_dict()
+        found = self.numbers()
+        self._window.load_state_dict(state)
+        return found
 
     def numbers(self) -> WindowNumbers:
         """The open window, with the norms of scopes apart."""

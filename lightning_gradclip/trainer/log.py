@@ -82,7 +82,7 @@ class Publisher:
         self._seen = seen
         for index, clipper in served:
             if clipper.has_news:
-                self._told[index] = self._telling(index, clipper.numbers(), had_steps=True)
+                self._told[index] = self._telling(index, clipper.peeked(), had_steps=True)
         told = {key: value for one in self._told.values() for key, value in one.items()}
         for key in self._shown - told.keys():
             metrics.pop(key, None)
