@@ -17,7 +17,7 @@ from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.select.parameters import Selection
+from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
 from lightning_gradclip.trainer.deepspeed import Delegated, Handover
@@ -68,11 +68,16 @@ class GradientClipping(KnownArguments, Callback):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
+            steps, counters, metrics and histories go on all the same.
+
+    A fit begins afresh, with step 0 of every schedule, unless it resumes from a checkpoint or `load_state_dict` was
+    called before it. Copies, by pickle or `copy`, hold settings and state and nothing of the run.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range or contradicts another; at the first step, if a pattern matches no
-            parameter.
+            parameter; before it, if a checkpoint holds what another method has learned.
         MisconfigurationException: In `setup`, if the trainer clips too or its strategy is not supported.
     """
 
@@ -97,6 +102,7 @@ class GradientClipping(KnownArguments, Callback):
         process_group: Any = None,
         old_names: bool = False,
         scale_free: str = "warn",
+        relearn: bool = False,
     ) -> None:
         self._options = Options(
             method,
@@ -135,10 +141,28 @@ class GradientClipping(KnownArguments, Callback):
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
         self.old_names = checks.flag("old_names", old_names)
-        self._handover: Handover | None = None
+        self.relearn = checks.flag("relearn", relearn)
         self._last_batch = 0
         self._had_backward = False
+        # What was loaded before a fit, which takes it up.
+        self._handed_on: dict[str, Any] | None = None
+        self._in_trainer = False
+        settings = set(vars(self))
         self._begin()
+        self._of_a_fit = vars(self).keys() - settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and state: what belongs to a fit stays behind, such as the `log` of the module, Lightning's gift."""
+        modules = {
+            name for name, one in vars(self).items() if isinstance(getattr(one, "__self__", None), torch.nn.Module)
+        }
+        kept = {name: one for name, one in vars(self).items() if name not in self._of_a_fit | modules}
+        return {"settings": {**kept, "_in_trainer": False}, "state": self.state_dict()}
+
+    def __setstate__(self, copied: dict[str, Any]) -> None:
+        vars(self).update(copied["settings"])
+        self._begin()
+        self._take_over(copied["state"])
 
     # Lightning asks for it at every hook of every batch.
     @cached_property
@@ -147,6 +171,7 @@ class GradientClipping(KnownArguments, Callback):
 
     @conflicts.of_instances
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._in_trainer = True
         if stage != "fit":
             return
         # Whoever has given the callback another method since means that one.
@@ -154,6 +179,9 @@ class GradientClipping(KnownArguments, Callback):
         conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
+        handed_on, self._handed_on = self._handed_on, None
+        if handed_on is not None:
+            self._take_over(handed_on)
         if lightning.is_any(trainer.strategy, "DeepSpeedStrategy"):
             self._handover = Handover(trainer, self._options)
 
@@ -163,6 +191,12 @@ class GradientClipping(KnownArguments, Callback):
         if self._handover is not None:
             self._handover.take_back()
             self._handover = None
+        self._in_trainer = False
+        if stage == "fit":
+            # State outlives the fit; optimizers, parameters and open files do not.
+            state = self.state_dict()
+            self._begin()
+            self._take_over(state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         conflicts.refuse_unknown(self.optimizer, len(trainer.optimizers))
@@ -182,7 +216,8 @@ class GradientClipping(KnownArguments, Callback):
             conflicts.refuse_second_clipping(trainer, pl_module, self, self._options)
             served = self._served(trainer, pl_module)
             self._watch = Watch(trainer, pl_module, self, served, self._disclaimed, self._options)
-        self._clippers.expect(count)
+        self._clippers.refuse_others(self._options.method)
+        moved = self._recognise(trainer, pl_module)
         self._publisher = self._publishing(several=several)
         if self._logs:
             self._publisher.attend(trainer, self._clippers)
@@ -190,7 +225,8 @@ class GradientClipping(KnownArguments, Callback):
         self._keeps = keeping is not None
         norms = self._recorder.state_dict()
         self._recorder = Recorder(self._clippers, keeping, histograms=self.histograms and trainer.is_global_zero)
-        self._recorder.load_state_dict(norms)
+        known = {now: norms.get(moved.get(now, now)) for now in range(count)}
+        self._recorder.load_state_dict({now: one for now, one in known.items() if one is not None})
         if self._handover is not None:
             self._delegated = Delegated(trainer, self._handover.limit, self._recorder.readers(0))
             self._clippers.take_up(self._delegated, 0)
@@ -257,6 +293,7 @@ class GradientClipping(KnownArguments, Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._watch is not None:
             self._watch.close()
+        self._in_trainer = False
         # The steps that led here; after other errors the device may not answer any more.
         if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             self._finish(trainer)
@@ -271,12 +308,19 @@ class GradientClipping(KnownArguments, Callback):
         return {"clippers": self._clippers.state_dict(), **({"norms": norms} if norms else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._take_over(state_dict)
+        # What a trainer loads is of its own run.
+        if not self._in_trainer:
+            self._handed_on = state_dict
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
         self._clippers.load_state_dict(state_dict["clippers"])
         self._recorder.load_state_dict(state_dict.get("norms", {}))
 
     def _begin(self) -> None:
         """Forget the fit before."""
-        self._clippers = Clippers()
+        self._clippers = Clippers(relearn=self.relearn)
+        self._handover: Handover | None = None
         self._delegated: Delegated | None = None
         self._publisher = self._publishing(several=False)
         # Keeps the norms of a checkpoint until that of the fit takes over.
@@ -302,6 +346,10 @@ class GradientClipping(KnownArguments, Callback):
         return Publisher(self.name, every=every, prog_bar=in_bar, several=several, old_names=self.old_names)
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
+        if index in self._clippers:
+            # The module replaced its optimizers in mid-training: what was learned and counted goes on.
+            self._clippers.put_back()
+            self._recognise(trainer, pl_module)
         model = lightning.whole_model(trainer, pl_module)
         options, group = self._options, self._options.process_group
         if isinstance(group, str):
@@ -309,12 +357,15 @@ class GradientClipping(KnownArguments, Callback):
         clipper = Clipper.with_options(model, optimizer, options, self._recorder.readers(index))
         if index in self._disclaimed:
             clipper.disclaim()
-        before = self._clippers.get(index)
-        if isinstance(before, Clipper):
-            # The module replaced its optimizer in mid-training: what was learned and counted goes on.
-            clipper.follow(before)
         self._clippers.take_up(clipper, index)
         return clipper
+
+    def _recognise(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, int]:
+        """Find the optimizer of each state; see `Clippers.recognise`."""
+        if not self._clippers.is_waiting:
+            return {}
+        names = Names(lightning.whole_model(trainer, pl_module))
+        return self._clippers.recognise([names.of(optimizer) for optimizer in trainer.optimizers])
 
     def _finish(self, trainer: Trainer) -> None:
         """Record and log what is left, which is done only once; without a step what a checkpoint held is kept."""

@@ -117,6 +117,9 @@ class Clipper(Recorded):
         if self._kept is not None:
             # They outlive the clipper: what it has recorded is written when nobody has it any more.
             weakref.finalize(self, _finish, self._window, self._kept, os.getpid())
+        if self._apart is None:
+            # A rank that others are apart from may hold nothing.
+            self._names.require_any(optimizer)
 
     @classmethod
     def with_options(
@@ -159,7 +162,9 @@ class Clipper(Recorded):
         self.detailed = True
         clips = self._policy.action == "clip" and not self._limiter.adaptive
         self._warns = clips and options.scale_free == "warn"
-        self._select()
+        # Whether a step has asked who the parameters are since they might have become others.
+        self._is_sure = self._has_warned = False
+        self._take_over(self._names.select(optimizer))
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -200,7 +205,7 @@ class Clipper(Recorded):
         looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed
         detailed = self.detailed if detailed is None else detailed
         with torch.no_grad():
-            if self._selection.is_outdated(self._optimizer):
+            if self._is_outdated():
                 self._select()
             if scaler is not None and not scaler.is_enabled():
                 scaler = None
@@ -212,7 +217,7 @@ class Clipper(Recorded):
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None:
                 if all(gradient is None for gradient in gradients):
-                    return StepStats.of_nothing(self._limiter.scopes)
+                    return self._without_gradients(scaler, at, detailed=detailed)
                 if self._watch is not None and self._watch.look(self._selection.names, gradients):
                     self._watch = None
             elif self._reducer.in_doubt and self._reducer.prove(gradients):
@@ -237,6 +242,8 @@ class Clipper(Recorded):
 
     def take(self) -> WindowNumbers:
         self._skips.review(self._steps - 1)
+        # With an optimizer the module is not asked at every step.
+        self._is_sure = self._is_sure and not self._names.has_changed
         return super().take()
 
     def close(self) -> None:
@@ -261,42 +268,84 @@ class Clipper(Recorded):
         return bool(self._selection.params)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, counters, open window and learned values; tensors and plain types only, no configuration."""
-        return {
+        """Step, counters, open window and learned values; tensors and plain types only, no configuration.
+
+        And the names of the parameters that all this is about, by which optimizers and groups are recognised.
+        """
+        state = {
             **super().state_dict(),
             "skips_in_a_row": self._skips.count(),
             "learned": self._limiter.learned.state_dict(),
         }
+        # Where others hold other parameters these are known by place only: what is saved does not depend on the rank.
+        if self._apart is None:
+            state["parameters"] = self._names.of(self._optimizer)
+            if self._limiter.tells_groups:
+                state["groups"] = {label: list(names) for label, names in self._names.groups.members.items()}
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True, relearn: bool = False) -> None:
         """Go on where `state_dict` left off; learned values find their scopes by name at the next step.
+
+        Args:
+            state: What `state_dict` gave, in this release or an earlier one.
+            strict: Whether some of the learned values must be about scopes of this run; else all may start fresh.
+            relearn: Whether to leave out the learned values, as a method that was changed has to; steps, counters and
+                the open window go on all the same.
 
         Raises:
             ValueError: If the learned values belong to a differently configured method.
         """
-        self._load(state, strict=True)
-
-    def follow(self, other: "Clipper") -> None:
-        """Go on where another clipper stands, for an optimizer that replaces its; unknown scopes start fresh."""
-        self._load(other.state_dict(), strict=False)
-
-    def _load(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        self._limiter.learned.load_state_dict(state["learned"], strict=strict)
+        if not relearn:
+            self._limiter.learned.load_state_dict(state["learned"], strict=strict)
         super().load_state_dict(state)
         self._skips.resume(state["skips_in_a_row"])
+        # Checkpoints of 0.1.0 know groups by their places only.
+        self._names.groups.members = {label: tuple(names) for label, names in state.get("groups", {}).items()}
+        self._is_sure = False
+
+    def _is_outdated(self) -> bool:
+        if self._optimizer is None:
+            return self._names.has_changed or not self._is_sure
+        return self._selection.is_outdated(self._optimizer) or not self._is_sure
 
     def _select(self) -> None:
-        self._selection: Selection = self._names.select(self._optimizer)
+        """Ask who the parameters are by now, and take over those that have become others."""
+        found = self._names.select(self._optimizer)
+        if not found.is_same(self._selection):
+            self._take_over(found)
+        self._is_sure = True
+
+    def _take_over(self, selection: Selection) -> None:
+        self._selection = selection
         self._warn_of_scale_free()
-        self._actor.serve(self._selection)
-        self._reducer = reduce.reducer_for(self._selection, self._settings, self._apart, self._names.unmatched)
-        self._limiter.serve(self._selection, self._reducer)
+        self._actor.serve(selection)
+        self._reducer = reduce.reducer_for(selection, self._settings, self._apart, self._names.unmatched)
+        self._limiter.serve(selection, self._reducer)
         if self._reducer is not None:
             self._watch = None
         if self._stalls is not None:
-            self._stalls.serve(self._selection, self._reducer)
+            self._stalls.serve(selection, self._reducer)
         if self._observer is not None:
             self._observer.serve(self._limiter.served, alone=self._reducer is None)
+
+    def _without_gradients(self, scaler: GradScaler | None, at: int | None, *, detailed: bool) -> StepStats:
+        """A step of nothing, unless the model has other parameters by now, which have the gradients."""
+        if self._names.has_changed:
+            self._is_sure = False
+            return self.step(scaler, at=at, detailed=detailed)
+        # Pairs cannot be asked who took their place, as optimizers and models can; on other ranks there may be some.
+        asks = self._optimizer is not None or self._names.follows or self._selection.is_distributed
+        if not (asks or self._steps or self._has_warned):
+            self._has_warned = True
+            warnings.warn(
+                f"none of the {len(self._selection.params)} parameters has a gradient, so that nothing was clipped; "
+                "call step() after backward(), and where the model has replaced its parameters since it named them, as "
+                "load_state_dict(assign=True) and fully_shard do, give it the model: Clipper(model, ...)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return StepStats.of_nothing(self._limiter.scopes)
 
     def _warn_of_scale_free(self) -> None:
         """Say once what a fixed limit does next to nothing to."""
@@ -332,7 +381,7 @@ class Clipper(Recorded):
 
     def _recorded(self, verdict: Verdict, at: int, context: Context) -> StepStats:
         outcome, row, places = verdict.outcome, verdict.row, self._limiter.measured
-        self._steps += 1
+        self._steps += not verdict.refused
         self._window.add(at, row, () if places is None else places.names, outcome.measured, context)
         if verdict.then is not None:
             verdict.then()

@@ -22,11 +22,15 @@ from lightning_gradclip.select.parameters import Selection
 
 @dataclass(slots=True)
 class Verdict:
-    """What was measured, once more where entries were replaced; what to record of it; what then follows, or raises."""
+    """What was measured, once more where entries were replaced; what to record of it; what then follows, or raises.
+
+    A step that is `refused` is not taken, and counts as none.
+    """
 
     outcome: Outcome
     row: Row | Tensor
     then: Callable[[], None] | None = None
+    refused: bool = False
 
 
 class Actor:
@@ -97,7 +101,7 @@ class Actor:
     def _mend(self, outcome: Outcome, row: Row, step: int, *, detailed: bool) -> Verdict:
         """Apply `nonfinite` to a step with non-finite gradients; nothing is learned from such a step."""
         if self._policy.nonfinite == "raise":
-            return Verdict(outcome, row, partial(skips.fail, step, self._culprits()))
+            return Verdict(outcome, row, partial(skips.fail, step, self._culprits()), refused=True)
         if self._policy.nonfinite == "skip":
             return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step, scaled=False)
         write.zero_nonfinite_(self._selection.params)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select.names import as_called_now
 from lightning_gradclip.select.scopes import Scopes, Units
 
 _MEANING = ("per", "norm_type", "statistic", "window")
@@ -87,7 +88,7 @@ def require_same_meaning(method: ClipMethod, saved: Mapping[str, Any]) -> None:
     if saved["values"] and ours != theirs:
         raise ValueError(
             f"the checkpoint's clipping state was learned by {_described(theirs)}, but this run clips by "
-            f"{_described(ours)}; use the same settings, or another name= to start afresh"
+            f"{_described(ours)}; use the same settings, or relearn=True, which learns afresh and goes on with all else"
         )
 
 
@@ -107,6 +108,7 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
     # Copies, since they are written below and a method may return one tensor under two names.
     fresh = {name: value.clone() for name, value in method.fresh_state(size).items()}
     known = dict(method.state_dict())
+    old = as_called_now(old, set(new)) if strict and tuple(old) != tuple(new) else old
     if old and known and tuple(old) != tuple(new):
         places = {name: place for place, name in enumerate(old)}
         common = [(place, places[name]) for place, name in enumerate(new) if name in places]
@@ -114,7 +116,7 @@ def arrange(method: ClipMethod, old: Sequence[str], new: Sequence[str], size: Te
         if not common and strict:
             raise ValueError(
                 f"the learned clipping state is about {_first(old)}, none of which is in this run ({_first(new)}); "
-                "resume with the same model, or use another name= to start afresh"
+                "resume with the same model, or use relearn=True, which learns afresh and goes on with all else"
             )
         if lost:
             warnings.warn(

@@ -78,6 +78,7 @@ class Limiter(ABC):
         served: The parameters that are limited, on whichever ranks they are.
         scopes: Where the method measures.
         measured: The scopes that `measure_per` asked for.
+        tells_groups: Whether some of these scopes are parameter groups.
         adaptive: Whether there is anything to learn.
     """
 
@@ -89,6 +90,7 @@ class Limiter(ABC):
         self._method, self._measure_per = method, measure_per
         self.learned = Learned(method)
         self._seen: torch.device | None = None
+        self.tells_groups = "group" in (method.per, measure_per)
         self.adaptive = self.learned.adaptive
 
     @final

@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ class Served(NamedTuple):
     numel: int  # over all ranks
     flattened: bool
     joined: bool
+    layer: str
 
     def standing_in(self) -> tuple[Tensor, Layout]:
         """Something of this shape and dtype where nothing of the parameter is."""
@@ -69,7 +70,8 @@ def served(selection: Selection) -> list[Served]:
         # What FSDP has cut has no shape of its own on any rank.
         shape = (numel,) if one.flattened or one.joined else tuple(parameter.shape)
         kind = str(parameter.dtype).removeprefix("torch.")
-        found.append(Served(selection.names[i], selection.groups[i], shape, kind, numel, one.flattened, one.joined))
+        about = shape, kind, numel, one.flattened, one.joined, selection.layers[i]
+        found.append(Served(selection.names[i], selection.groups[i], *about))
     return found
 
 
@@ -263,15 +265,20 @@ def _everything(selection: Selection, labels: Sequence[str], params: Sequence[Se
     """A selection of own parameters, by their places, and of what stands in for those of others."""
     given: list[tuple[Tensor, Layout]] = []
     groups: list[str] = []
-    for one in params:
+    layers: list[str] = []
+    for one, label in zip(params, labels, strict=True):
         if isinstance(one, int):
             given.append((selection.params[one], selection.layouts[one]))
-            groups.append(selection.groups[one])
+            name, group, layer = selection.names[one], selection.groups[one], selection.layers[one]
         else:
             given.append(one.standing_in())
-            groups.append(one.group)
+            name, group, layer = one.name, one.group, one.layer
+        # Of several that are called the same the label says on which rank.
+        layers.append(label.removesuffix(name) + layer)
+        groups.append(group)
     tensors, layouts = zip(*given, strict=True) if given else ((), ())
-    return Selection(tensors, tuple(labels), tuple(groups), selection.owned, layouts, selection.by_group)
+    of_all = {"names": tuple(labels), "layers": tuple(layers), "groups": tuple(groups)}
+    return replace(selection, params=tensors, layouts=layouts, **of_all)
 
 
 def _refusal(names: Sequence[str], ranks: Sequence[int]) -> str:

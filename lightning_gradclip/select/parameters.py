@@ -2,22 +2,22 @@
 
 import difflib
 import operator
-import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradclip.select import kinds, layout
+from lightning_gradclip.select.groups import Groups
 from lightning_gradclip.select.layout import Layout
+from lightning_gradclip.select.names import Holder, Named
 from lightning_gradclip.select.scopes import Scopes, Units
-
-# Names that torch.compile, FSDP, activation checkpointing and Fabric insert into a module's parameter names.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,24 @@ class Selection:
 
     params: tuple[Tensor, ...]
     names: tuple[str, ...]  # wrapper prefixes stripped; "group0.3" for parameters outside the module
-    groups: tuple[str, ...]  # for each parameter the name of its group
+    layers: tuple[str, ...]  # for each parameter the name of its layer
+    groups: tuple[str, ...]  # for each parameter the label of its group
     owned: tuple[Tensor, ...]  # all parameters of the optimizer, selected or not
     layouts: tuple[Layout, ...]  # how each is laid out over the ranks
     by_group: tuple[tuple[Tensor, ...], ...]  # what the optimizer's groups held when it was asked
+    strangers: tuple[Named, ...] = ()  # those of them that nobody has named
+    nameless: tuple[str, ...] = ()  # which of several groups nothing but its place tells from others
+
+    def is_same(self, other: "Selection") -> bool:
+        """Whether nothing has changed: the same tensors in the same groups, called and laid out alike."""
+        about = operator.attrgetter("names", "layers", "groups", "layouts", "nameless")
+        groups = zip(self.by_group, other.by_group, strict=False)
+        return (
+            _are(self.params, other.params)
+            and len(self.by_group) == len(other.by_group)
+            and all(_are(now, then) for now, then in groups)
+            and about(self) == about(other)
+        )
 
     def is_outdated(self, optimizer: Optimizer | None) -> bool:
         """Whether the optimizer has other parameters by now."""
@@ -38,11 +52,7 @@ class Selection:
         groups = optimizer.param_groups
         if len(groups) != len(self.by_group):
             return True
-        for group, then in zip(groups, self.by_group, strict=True):
-            now = group["params"]
-            if len(now) != len(then) or not all(map(operator.is_, now, then)):
-                return True
-        return False
+        return not all(_are(group["params"], then) for group, then in zip(groups, self.by_group, strict=True))
 
     @cached_property
     def is_distributed(self) -> bool:
@@ -50,21 +60,29 @@ class Selection:
         return any(one.distributed for one in self.layouts)
 
     def scopes(self, per: str) -> Scopes:
-        """The scopes of one kind, whichever gradients are present; refused if FSDP has joined what they are to part."""
+        """The scopes of one kind, whichever gradients are present.
+
+        Raises:
+            ValueError: If parameters, or groups, have no names of their own to tell the scopes by, or FSDP has joined
+                what they are to part.
+        """
         if per in ("model", "element"):
             return Scopes(("model",), (0,) * len(self.params))
         if per == "group":
+            self._require_groups()
             return Scopes.of(self.groups)
+        self._require_names(per)
         joined = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.joined), None)
         if joined is not None:
             raise ValueError(
                 f"FSDP has joined several parameters into {joined!r}, so that there is nothing to tell each {per} by; "
                 "wrap with use_orig_params=True, or use per='model' or 'group'"
             )
-        return Scopes.of([name.rpartition(".")[0] or "root" if per == "layer" else name for name in self.names])
+        return Scopes.of(self.layers if per == "layer" else self.names)
 
     def units(self) -> Units:
-        """The output units of all parameters; refused if FSDP has cut through them."""
+        """The output units of all parameters; refused as `scopes`, or if FSDP has cut through them."""
+        self._require_names("unit")
         cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
         if cut is not None:
             raise ValueError(
@@ -74,11 +92,28 @@ class Selection:
             )
         return Units(self.names, self.params)
 
+    def _require_names(self, per: str) -> None:
+        if self.strangers:
+            raise ValueError(_unnamed(self.strangers, f"per={per!r} needs", "per='model'"))
+        if twice := next((name for name, often in Counter(self.names).items() if often > 1), None):
+            raise ValueError(
+                f"two parameters are both called {twice!r}, so that there is no telling one {per} from another; give "
+                "each a name of its own, such as the module's that holds both models"
+            )
+
+    def _require_groups(self) -> None:
+        if self.nameless:
+            raise ValueError(
+                f"parameter group {self.nameless[0]!r} has no name, and neither have its parameters, so that "
+                "per='group' would know it by its place only; give it one: {'params': ..., 'name': 'extra'}"
+            )
+
 
 class Names:
     """The parameters of a module by identity: what they are called, and which patterns admit them.
 
-    Patterns that match nothing are refused if these parameters are `complete`, else kept as `unmatched`.
+    A module is asked again when it holds other tensors by now. Patterns that match nothing are refused if these
+    parameters are `complete`, else kept as `unmatched`.
     Without `scale_free` those are left out that an optimizer steps by the direction of their gradient alone.
     """
 
@@ -92,55 +127,140 @@ class Names:
         scale_free: bool = True,
     ) -> None:
         self._scale_free = scale_free
-        self._module = named_parameters if isinstance(named_parameters, nn.Module) else None
-        given = named_parameters if self._module is None else self._module.named_parameters()
-        # The tensors are kept so that their identities stay theirs.
-        self._tensors: dict[int, Tensor] = {}
-        self._raw: dict[int, str] = {}
-        for name, parameter in _pairs(given):
-            self._tensors[id(parameter)] = parameter
-            self._raw.setdefault(id(parameter), name)
-        self._clean = dict(zip(self._raw, clean_names(list(self._raw.values())), strict=True))
+        self._holder = Holder(named_parameters)
+        self._known = self._holder.named()
+        # What the optimizer holds and the module has replaced.
+        self._replaced: dict[int, Named] = {}
+        self.groups = Groups()
         self._include, self._exclude = tuple(include), tuple(exclude)
         self._complete = complete
         # Where other ranks hold other parameters, what is wrong here may be right by those.
         self.unmatched: dict[str, str] = {}
+        self._admits_all = "*" in self._include and not self._exclude
         for option, patterns in (("include", self._include), ("exclude", self._exclude)):
             for pattern in patterns:
                 self._require_match(option, pattern)
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the module holds other tensors than when it was asked."""
+        return self._holder.has_changed
+
+    @property
+    def follows(self) -> bool:
+        """Whether there is a module to be asked, whose tensors may be replaced."""
+        return self._holder.module is not None
+
+    def of(self, optimizer: Optimizer | None) -> list[str]:
+        """The names of the parameters of an optimizer, without one of all, whether the patterns admit them or not."""
+        return [name for members in self._members(self._groups_of(optimizer)) for name in members]
+
+    def require_any(self, optimizer: Optimizer | None) -> None:
+        """Refuse names that are none, or none of the optimizer's."""
+        if not self._known:
+            module = self._holder.module
+            raise ValueError(
+                f"{'no parameters were given' if module is None else f'{type(module).__name__} has no parameters'}, so "
+                "that there is nothing to clip (an iterator that was used before is empty); write Clipper(model, ...)"
+            )
+        if (
+            optimizer is not None
+            and any(group["params"] for group in optimizer.param_groups)
+            and not self.of(optimizer)
+        ):
+            raise ValueError(
+                f"none of the parameters of {type(optimizer).__name__} is among those that were named, of which the "
+                f"first is {next(iter(self._known.values())).name!r}; give the model that this optimizer trains"
+            )
+
     def select(self, optimizer: Optimizer | None) -> Selection:
-        """The parameters of the optimizer, or without one of the module, that the patterns admit."""
-        groups = [{"params": self._tensors.values()}] if optimizer is None else optimizer.param_groups
-        labels = _group_names(groups)
+        """The parameters of the optimizer, or without one of the module, that the patterns admit.
+
+        Raises:
+            RuntimeError: If the module has replaced all that the optimizer holds.
+            ValueError: If no parameter is admitted, or one has no name for the patterns to match.
+        """
+        if self._holder.has_changed:
+            self._read(optimizer)
+        groups = self._groups_of(optimizer)
+        members = self._members(groups)
+        labels = self.groups.labels([group.get("name") for group in groups], members)
+        found = self._found(groups, labels)
         free = {} if optimizer is None or self._scale_free else kinds.scale_free(optimizer)
-        chosen: dict[int, tuple[Tensor, str, str]] = {}
-        owned: dict[int, Tensor] = {}
-        for position, (group, label) in enumerate(zip(groups, labels, strict=True)):
-            for i, parameter in enumerate(group["params"]):
-                owned[id(parameter)] = parameter
-                name = self._clean.get(id(parameter), f"group{position}.{i}")
-                if id(parameter) in free or id(parameter) in chosen:
-                    continue
-                if self._admits(name, self._raw.get(id(parameter), name)):
-                    chosen[id(parameter)] = (parameter, name, label)
+        served = [one for key, one in found.items() if key not in free]
+        chosen = [(named, label) for named, label in served if self._admits(named)]
         self.unmatched.pop("all", None)
-        if not chosen and owned and not any(self._admits(self._clean[key], name) for key, name in self._raw.items()):
+        if not chosen and found and not any(map(self._admits, self._known.values())):
             said = f"include={list(self._include)!r} and exclude={list(self._exclude)!r} leave no parameter to clip; "
             self._refuse("all", f"{said}include='*' and exclude=[] admit all")
-        params, names, of_group = zip(*chosen.values(), strict=True) if chosen else ((), (), ())
-        by_group = tuple(tuple(group["params"]) for group in groups)
-        layouts = layout.layouts(names, params, self._module)
-        return Selection(params, names, of_group, tuple(owned.values()), layouts, by_group)
+        params, names = (tuple(getattr(named, of) for named, _ in chosen) for of in ("parameter", "name"))
+        of_groups = zip(labels, groups, members, strict=True)
+        nameless = [label for label, group, held in of_groups if not held and label != str(group.get("name"))]
+        owned = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        return Selection(
+            params=params,
+            names=names,
+            layers=tuple(named.layer for named, _ in chosen),
+            groups=tuple(label for _, label in chosen),
+            owned=tuple(owned.values()),
+            layouts=layout.layouts(names, params, self._holder.module),
+            by_group=tuple(tuple(group["params"]) for group in groups),
+            strangers=tuple(named for named, _ in chosen if not named.known_as),
+            nameless=tuple(nameless) if len(groups) > 1 else (),
+        )
 
-    def _admits(self, *names: str) -> bool:
-        return _matches(names, self._include) and not _matches(names, self._exclude)
+    def _groups_of(self, optimizer: Optimizer | None) -> Sequence[Mapping[str, Any]]:
+        everything = [{"params": [named.parameter for named in self._known.values()]}]
+        return everything if optimizer is None else optimizer.param_groups
+
+    def _members(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """The names of the parameters in each group, of those that have one."""
+        known = self._known
+        return [[known[id(one)].name for one in group["params"] if id(one) in known] for group in groups]
+
+    def _found(self, groups: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[int, tuple[Named, str]]:
+        """By id the parameters that the groups hold, each once, with the label of the group."""
+        found: dict[int, tuple[Named, str]] = {}
+        for place, (group, label) in enumerate(zip(groups, labels, strict=True)):
+            for i, parameter in enumerate(group["params"]):
+                if id(parameter) not in self._replaced:
+                    named = self._known.get(id(parameter)) or Named(parameter, f"group{place}.{i}", "", ())
+                    found.setdefault(id(parameter), (named, label))
+        if self._replaced and not found:
+            raise RuntimeError(
+                f"the model has replaced {_listed(self._replaced.values())}, all that the optimizer holds, as "
+                "load_state_dict(assign=True) and fully_shard do, so that no step changes it any more; make the "
+                "optimizer, and its clipper, after that"
+            )
+        strangers = [named for named, _ in found.values() if not named.known_as]
+        if strangers and not self._admits_all:
+            raise ValueError(_unnamed(strangers, "include and exclude need", "include='*' and exclude=[]"))
+        return found
+
+    def _read(self, optimizer: Optimizer | None) -> None:
+        """Ask the module again, and note what it has replaced of what the optimizer still holds."""
+        before, self._known = self._known, self._holder.named()
+        gone, seen = {**self._replaced, **before}, self._replaced
+        held = [] if optimizer is None else [id(one) for group in optimizer.param_groups for one in group["params"]]
+        self._replaced = {key: gone[key] for key in held if key in gone and key not in self._known}
+        if self._replaced.keys() - seen.keys() and any(key in self._known for key in held):
+            warnings.warn(
+                f"{type(optimizer).__name__} still holds {_listed(self._replaced.values())}, which the model has "
+                "replaced: they are not clipped any more; give the optimizer what took their place",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _admits(self, named: Named) -> bool:
+        if self._admits_all:
+            return True
+        return _matches(named.known_as, self._include) and not _matches(named.known_as, self._exclude)
 
     def _require_match(self, option: str, pattern: str) -> None:
-        every = [*self._clean.values(), *self._raw.values()]
+        every = (name for named in self._known.values() for name in named.known_as)
         if pattern == "*" or _matches(every, (pattern,)):
             return
-        known = list(dict.fromkeys(self._clean.values()))
+        known = list(dict.fromkeys(named.name for named in self._known.values()))
         closest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
         listed = ", ".join(closest) or "there are no named parameters"
         begun = f"{pattern.rstrip('.')}.*"
@@ -159,30 +279,25 @@ class Names:
         self.unmatched[what] = said
 
 
-def _pairs(given: object) -> Iterable[tuple[str, Tensor]]:
-    expected = "named_parameters must be pairs of name and parameter"
-    remedy = "write Clipper(model.named_parameters(), ...)"
-    if not isinstance(given, Iterable):
-        raise TypeError(f"{expected}, got {given!r}; {remedy}")
-    for pair in cast("Iterable[Any]", given):
-        if isinstance(pair, Tensor) or not isinstance(pair[0], str):
-            raise TypeError(f"{expected}, got a {type(pair).__name__}; {remedy}")
-        yield pair
-
-
-def clean_names(names: Sequence[str]) -> list[str]:
-    """Names without the prefixes that wrappers insert; names that would collide keep theirs."""
-    cleaned = [_WRAPPERS.sub("", name) for name in names]
-    # DataParallel wrappers put "module." before every name; a submodule called "module" does not.
-    while cleaned and all(name.startswith("module.") for name in cleaned):
-        cleaned = [name.removeprefix("module.") for name in cleaned]
-    return cleaned if len(set(cleaned)) == len(set(names)) else list(names)
+def _are(now: Sequence[Tensor], then: Sequence[Tensor]) -> bool:
+    """Whether these are the same tensors."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = [str(group.get("name", f"group{i}")) for i, group in enumerate(groups)]
-    return names if len(set(names)) == len(names) else [f"group{i}" for i in range(len(groups))]
+def _listed(some: Iterable[Named]) -> str:
+    """Some parameters in words."""
+    described = [f"{named.name} of shape {tuple(named.parameter.shape)}" for named in some]
+    return ", ".join(described[:3]) + (f" and {len(described) - 3} more" if len(described) > 3 else "")
+
+
+def _unnamed(strangers: Sequence[Named], need: str, instead: str) -> str:
+    """Why parameters of the optimizer that were not named will not do."""
+    return (
+        f"{need} the names of all parameters, but the optimizer holds some that were not named: {_listed(strangers)}; "
+        "name them too, as in Clipper([*model.named_parameters(), ('extra', parameter)], ...) or by making them "
+        f"parameters of the module, or use {instead}"
+    )

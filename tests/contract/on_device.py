@@ -616,7 +616,7 @@ class TestPieces:
     ) -> None:
         params = [device.put(torch.zeros(3)), device.put(torch.zeros(2))]
         layouts = (Layout(6, pieces=2, piece=-1), Layout())
-        selection = Selection(tuple(params), ("a", "b"), ("group0",) * 2, tuple(params), layouts, ())
+        selection = Selection(tuple(params), ("a", "b"), ("root",) * 2, ("group0",) * 2, tuple(params), layouts, ())
         reducer = Reducer(selection, Meeting())
         count = 2 if owner is None else len(owner)
         norms = [torch.arange(1.0, count + 1) * factor for factor in (1.0, 2.0)]

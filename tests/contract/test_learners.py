@@ -377,7 +377,7 @@ class TestState:
         fed = Fed(saved)
         fed.step([1.0])
         other = Fed(loaded)
-        with pytest.raises(ValueError, match="use the same settings, or another name= to start afresh") as failure:
+        with pytest.raises(ValueError, match="use the same settings, or relearn=True, which learns afresh") as failure:
             other.clipper.load_state_dict(through_a_file(fed.clipper.state_dict()))
         assert f"learned by {named_as(saved)}, but this run clips by {named_as(loaded)};" in str(failure.value)
 

@@ -134,11 +134,11 @@ class TestClass:
 
     @pytest.mark.parametrize("cls", FOUND)
     def test_a_combination_of_words_is_tested_below_or_refused_by_naming_them(self, cls: type[ClipMethod]) -> None:
-        allowed, refused = set(), {}
+        allowed, refused, pairs = set(), {}, [("layer.weight", Parameter(torch.zeros(2)))]
         scopes = SCOPE_OF if chooses_its_scope(cls) else cls.scopes
         for per, action, nonfinite in product(scopes, ACTIONS, NONFINITE):
             try:
-                Clipper([], subject(cls, per), action=action, nonfinite=nonfinite)
+                Clipper(pairs, subject(cls, per), action=action, nonfinite=nonfinite)
             except ValueError as error:
                 refused[per, action, nonfinite] = str(error)
             else:
@@ -339,8 +339,6 @@ class TestGradients:
     @every_action
     def test_there_may_be_nothing_to_clip(self, cls: type[ClipMethod], per: str, action: str) -> None:
         method = subject(cls, per)
-        clipper = Clipper([], method, action=action)
-        assert clipper.step().norm.item() == 0.0
         empty = Parameter(torch.zeros(0, 3))
         empty.grad = torch.zeros(0, 3)
         clipper = Clipper([("layer.empty", empty)], method, action=action)

@@ -61,7 +61,7 @@ class TestFingerprint:
     )
     def test_another_meaning_is_refused_and_both_are_named(self, method: ClipMethod, said: str) -> None:
         saved = learned.save(taught(["model"], [1.0], per="model"), ["model"])
-        with pytest.raises(ValueError, match="use the same settings, or another name= to start afresh") as failure:
+        with pytest.raises(ValueError, match="use the same settings, or relearn=True, which learns afresh") as failure:
             learned.require_same_meaning(method, saved)
         ours = "learned by RunningMax(per='model', norm_type=2.0, statistic='norm'), but this run clips by "
         assert ours + said in str(failure.value)
@@ -121,7 +121,9 @@ class TestArrange:
         message = str(failure.value)
         assert "is about a, b, none" in message
         assert "(x, y, z and 1 more)" in message
-        assert message.endswith("resume with the same model, or use another name= to start afresh")
+        assert message.endswith(
+            "resume with the same model, or use relearn=True, which learns afresh and goes on with all else"
+        )
 
     def test_a_method_without_memory_has_nothing_to_arrange(self) -> None:
         method = NormClip(per="parameter")

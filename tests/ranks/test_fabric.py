@@ -16,7 +16,7 @@ from kit import layouts, workers
 from kit.boring import equal
 from kit.strategies import batches, quieten_torch, shard
 from lightning_gradclip import AGC, ClipMethod, Clipper, EmaClip, NormClip
-from lightning_gradclip.select.parameters import clean_names
+from lightning_gradclip.select.names import clean_names
 
 pytestmark = pytest.mark.distributed
 
