@@ -111,7 +111,8 @@ class Clipper(Recorded):
             process_group=process_group,
             scale_free=scale_free,
         )
-        self._kept = _kept(folder, options) if folder and ranks.is_first_rank() else None
+        settings: Any = {"method": method, "action": options.policy.action, "measure_per": measure_per}
+        self._kept = Kept(Path(folder).expanduser(), **settings) if folder and ranks.is_first_rank() else None
         readers = () if self._kept is None else (self._kept.take,)
         self._serve(named_parameters, optimizer, options, readers)
         if self._kept is not None:
@@ -207,8 +208,7 @@ class Clipper(Recorded):
         with torch.no_grad():
             if self._is_outdated():
                 self._select()
-            if scaler is not None and not scaler.is_enabled():
-                scaler = None
+            scaler = scaler if scaling.is_enabled(scaler) else None
             on_host = self._on_host if self._fold is None else self._decides_on_host(self._fold, scaler)
             scale = 1.0 if scaler is None else self._unscale(scaler)
             if self._writes and self._selection.is_distributed:
@@ -217,7 +217,9 @@ class Clipper(Recorded):
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None:
                 if all(gradient is None for gradient in gradients):
-                    return self._without_gradients(scaler, at, detailed=detailed)
+                    return self._without_gradients(
+                        scaler, at=at, detailed=detailed, loss=loss, batch=batch, epoch=epoch
+                    )
                 if self._watch is not None and self._watch.look(self._selection.names, gradients):
                     self._watch = None
             elif self._reducer.in_doubt and self._reducer.prove(gradients):
@@ -329,11 +331,11 @@ class Clipper(Recorded):
         if self._observer is not None:
             self._observer.serve(self._limiter.served, alone=self._reducer is None)
 
-    def _without_gradients(self, scaler: GradScaler | None, at: int | None, *, detailed: bool) -> StepStats:
+    def _without_gradients(self, scaler: GradScaler | None, **told: Any) -> StepStats:
         """A step of nothing, unless the model has other parameters by now, which have the gradients."""
         if self._names.has_changed:
             self._is_sure = False
-            return self.step(scaler, at=at, detailed=detailed)
+            return self.step(scaler, **told)
         # Pairs cannot be asked who took their place, as optimizers and models can; on other ranks there may be some.
         asks = self._optimizer is not None or self._names.follows or self._selection.is_distributed
         if not (asks or self._steps or self._has_warned):
@@ -386,11 +388,6 @@ class Clipper(Recorded):
         if verdict.then is not None:
             verdict.then()
         return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
-
-
-def _kept(folder: str, options: Options) -> Kept:
-    settings = {"method": options.method, "action": options.policy.action, "measure_per": options.measure_per}
-    return Kept(Path(folder).expanduser(), **settings)
 
 
 def _finish(window: Window, kept: Kept, process: int) -> None:
