@@ -14,8 +14,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,7 +23,6 @@ from lightning.pytorch.loggers import CSVLogger
 from timing import Times, table
 
 from lightning_gradclip import Clipper, GradientClipping, NormClip
-from lightning_gradclip.record.kept import Kept
 
 # As many as lie between two log events, so that each stretch has one.
 STRETCH, STRETCHES = 50, 8
@@ -98,28 +95,18 @@ def steps(layers: int, every: int, per: str | None, folder: str | None) -> Calla
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(layers)])
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    # Not public: here alone, so that the rest runs without it.
-    from lightning_gradclip.act.policy import Options
-    from lightning_gradclip.trainer.record import Recorder
-
-    clippers: dict[int, Clipper] = {}
-    keeping = None if folder is None else partial(kept, folder, per)
-    recorder, count = Recorder(clippers, keeping, histograms=False), itertools.count()
-    options = Options(NormClip(max_norm=1e9), measure_per=per)
-    clipper = clippers[0] = Clipper.with_options(model.named_parameters(), None, options, recorder.readers(0))
+    clipper, count = (
+        Clipper(model, NormClip(max_norm=1e9), measure_per=per, history=folder or False),
+        itertools.count(1),
+    )
 
     def run() -> None:
         for step in itertools.islice(count, STRETCH):
-            clipper.step(at=step)
-            if (step + 1) % every == 0:
-                recorder.take_norms()
+            clipper.step()
+            if step % every == 0:
                 clipper.metrics()
 
     return run
-
-
-def kept(folder: str, per: str | None, index: int) -> Kept:
-    return Kept(Path(folder), measure_per=per)
 
 
 def history(rounds: int) -> tuple[str, dict[str, Any]]:

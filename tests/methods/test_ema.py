@@ -180,7 +180,7 @@ class TestArguments:
         ("arguments", "error", "said"),
         [
             ({"ratio": 0}, ValueError, "ratio must be > 0, got 0"),
-            ({"ratio": "1.04"}, TypeError, "ratio must be a number, got '1.04' (str)"),
+            ({"ratio": "one"}, TypeError, "ratio must be a number, got 'one' (str)"),
             ({"beta": 1.0}, ValueError, "beta must be < 1, got 1.0; with 1 nothing would be learned after the warm-up"),
             ({"beta": -1}, ValueError, "beta must be >= 0, got -1; with 1 nothing would be learned after the warm-up"),
             ({"warmup": 0}, ValueError, "warmup must be >= 1, got 0; the mean must start from something"),

@@ -417,7 +417,11 @@ class TestArguments:
             ),
             ({"norm_type": 0}, ValueError, "norm_type must be > 0, got 0; the usual norm is norm_type=2"),
             ({"norm_type": math.nan}, ValueError, "norm_type must be > 0, got nan; the usual norm is norm_type=2"),
-            ({"norm_type": "2"}, TypeError, "norm_type must be a number, got '2' (str); the usual norm is norm_type=2"),
+            (
+                {"norm_type": "one"},
+                TypeError,
+                "norm_type must be a number, got 'one' (str); the usual norm is norm_type=2",
+            ),
             ({"min_norm": -0.1}, ValueError, "min_norm must be >= 0, got -0.1; 0 scales nothing up"),
             (
                 {"min_norm": 2.0},

@@ -365,9 +365,9 @@ class TestArguments:
             ({"target": {0: 1.0, 5: math.inf}}, ValueError, "target[5] must be finite, got inf"),
             ({"target": {0: 0.0, 5: 1.0}}, ValueError, "target[0] must be > 0, got 0.0"),
             (
-                {"target": "1"},
+                {"target": "one"},
                 TypeError,
-                "target must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got '1' (str)",
+                "target must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got 'one' (str)",
             ),
             (
                 {"target": True},
@@ -383,10 +383,14 @@ class TestArguments:
             ({"smoothing": -1e-9}, ValueError, "smoothing must be >= 0, got -1e-09"),
             ({"smoothing": math.inf}, ValueError, "smoothing must be finite, got inf"),
             ({"smoothing": math.nan}, ValueError, "smoothing must be >= 0, got nan"),
-            ({"smoothing": "0"}, TypeError, "smoothing must be a number, got '0' (str)"),
+            ({"smoothing": "one"}, TypeError, "smoothing must be a number, got 'one' (str)"),
             ({"smoothing": {0: 1.0}}, TypeError, "smoothing must be a number, got {0: 1.0} (dict)"),
             ({"norm_type": 0}, ValueError, "norm_type must be > 0, got 0; the usual norm is norm_type=2"),
-            ({"norm_type": "2"}, TypeError, "norm_type must be a number, got '2' (str); the usual norm is norm_type=2"),
+            (
+                {"norm_type": "one"},
+                TypeError,
+                "norm_type must be a number, got 'one' (str); the usual norm is norm_type=2",
+            ),
             (
                 {"per": "modl"},
                 ValueError,

@@ -191,7 +191,7 @@ class TestArguments:
             ({"q": 90}, ValueError, "q must be <= 1, got 90; 0.9 stands for the 90th percentile"),
             ({"q": -0.1}, ValueError, "q must be >= 0, got -0.1; 0.9 stands for the 90th percentile"),
             ({"q": math.nan}, ValueError, "q must be >= 0 and <= 1, got nan; 0.9 stands for the 90th percentile"),
-            ({"q": "0.9"}, TypeError, "q must be a number, got '0.9' (str); 0.9 stands for the 90th percentile"),
+            ({"q": "one"}, TypeError, "q must be a number, got 'one' (str); 0.9 stands for the 90th percentile"),
             ({"q": True}, TypeError, "q must be a number, got True (bool); 0.9 stands for the 90th percentile"),
             ({"window": 0}, ValueError, "window must be >= 1, got 0; None remembers all norms"),
             ({"window": 10.0}, TypeError, "window must be a whole number, got 10.0 (float); None remembers all norms"),
@@ -199,7 +199,11 @@ class TestArguments:
             ({"include_current": 1}, TypeError, "include_current must be True or False, got 1 (int)"),
             ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),
             ({"norm_type": 0}, ValueError, "norm_type must be > 0, got 0; the usual norm is norm_type=2"),
-            ({"norm_type": "2"}, TypeError, "norm_type must be a number, got '2' (str); the usual norm is norm_type=2"),
+            (
+                {"norm_type": "one"},
+                TypeError,
+                "norm_type must be a number, got 'one' (str); the usual norm is norm_type=2",
+            ),
         ],
         ids=str,
     )

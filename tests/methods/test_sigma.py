@@ -193,7 +193,11 @@ class TestArguments:
         ("arguments", "error", "said"),
         [
             ({"k": -1}, ValueError, "k must be >= 0, got -1; k counts standard deviations above the mean"),
-            ({"k": "3"}, TypeError, "k must be a number, got '3' (str); k counts standard deviations above the mean"),
+            (
+                {"k": "one"},
+                TypeError,
+                "k must be a number, got 'one' (str); k counts standard deviations above the mean",
+            ),
             ({"window": 1}, ValueError, "window must be >= 2, got 1"),
             ({"window": None}, TypeError, "window must be a whole number, got None (NoneType)"),
             ({"warmup": 1}, ValueError, "warmup must be >= 2, got 1; one norm has no standard deviation"),

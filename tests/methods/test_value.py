@@ -627,9 +627,9 @@ class TestArguments:
                 "min_value must be <= 0, got nan; the bounds must hold zero between them",
             ),
             (
-                {"min_value": "-1"},
+                {"min_value": "one"},
                 TypeError,
-                "min_value must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got '-1' (str)",
+                "min_value must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got 'one' (str)",
             ),
             (
                 {"min_value": False},

@@ -234,7 +234,7 @@ class TestArguments:
         ("arguments", "error", "said"),
         [
             ({"z_threshold": 0}, ValueError, "z_threshold must be > 0, got 0"),
-            ({"z_threshold": "2.5"}, TypeError, "z_threshold must be a number, got '2.5' (str)"),
+            ({"z_threshold": "one"}, TypeError, "z_threshold must be a number, got 'one' (str)"),
             (
                 {"alpha": 1},
                 ValueError,
@@ -257,9 +257,9 @@ class TestArguments:
                 "max_norm[5] must be > 0, got -2.0; None sets no limit of this kind",
             ),
             (
-                {"max_norm": "1"},
+                {"max_norm": "one"},
                 TypeError,
-                "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got '1' (str)",
+                "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got 'one' (str)",
             ),
             ({"memory": "raw"}, ValueError, "memory must be one of 'winsorized', 'faithful', got 'raw'"),
             ({"per": "unit"}, ValueError, "per must be one of 'model', 'group', 'layer', 'parameter', got 'unit'"),

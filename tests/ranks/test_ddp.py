@@ -127,7 +127,7 @@ def test_limits_of_every_kind_give_what_one_process_gives(method: ClipMethod) ->
     assert equal(first, second)
     module = Regression()
     alone = fit(module, data, GradientClipping(method, measure_per="parameter"))
-    assert first[1]["gradclip/norm"] != pytest.approx(first[1]["gradclip/norm_clipped"], rel=0.01)
+    assert first[1]["gradclip/clip_rate"] > 0
     assert first[1] == pytest.approx(numbers(alone), rel=1e-5)
     torch.testing.assert_close(first[0], weights(module), rtol=1e-6, atol=1e-6)
 
@@ -189,12 +189,9 @@ def test_three_callbacks_clip_and_log_their_own_parts(tmp_path: Path) -> None:
         }
         bias = {
             "norm": np.mean([one.norm() for one in biases]),
-            # Of the step that logs only.
-            "norm_clipped": biases[-1].clamp(-bound, bound).norm(),
             "norm_max": max(one.norm() for one in biases),
             "limit": bound,
             "clip_rate": np.mean([bool((one.abs() > bound).any()) for one in biases]),
-            "clipped": (biases[-1].abs() > bound).double().mean(),
         }
         head = aggregate([norm(step, HEAD) for step in window], LIMIT)
         parts = {"body": body | common, "bias": bias | common}

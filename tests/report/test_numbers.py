@@ -64,9 +64,9 @@ def test_counts_and_the_longest_streak_of_dropped_steps() -> None:
     assert [summarize(run([1.0] * 3, skipped=one)).streak for one in ([1, 1, 0], [0, 1, 1], [0, 0, 0])] == [2, 2, 0]
 
 
-def test_a_spike_is_more_than_five_medians_of_its_block() -> None:
-    assert summarize(run([1.0] * 20 + [5.0, 5.01])).spikes == 1
-    # 101 steps a block: the level of each half is its own, and a longer block would have one between them.
-    assert summarize(run([1.0] * 100 + [6.0] + [10.0] * 100 + [60.0])).spikes == 2
-    # Of 201 steps there is one block; the second half, and nothing else, is far over its median.
-    assert summarize(run([1.0] * 101 + [6.0] * 100)).spikes == 100
+def test_a_spike_stands_out_from_the_steps_around_it() -> None:
+    assert summarize(run([1.0] * 20 + [2.9] + [1.0] * 20)).spikes == 0
+    assert summarize(run([1.0] * 20 + [3.1] + [1.0] * 20)).spikes == 1
+    # A level that rises for good is none, and what stands out from the new level is.
+    assert summarize(run([1.0] * 100 + [6.0] + [10.0] * 100 + [60.0])).spikes == 1
+    assert summarize(run([1.0] * 101 + [6.0] * 100)).spikes == 0

@@ -307,7 +307,7 @@ def test_a_method_is_required_and_an_instance() -> None:
         ({"max_consecutive_skips": -1}, ValueError, "max_consecutive_skips must be >= 0, got -1; None sets no bound"),
         ({"max_consecutive_skips": 1.5}, TypeError, "max_consecutive_skips must be a whole number, got 1.5"),
         ({"optimizer": -1}, ValueError, "optimizer must be >= 0, got -1; None serves every optimizer"),
-        ({"optimizer": "0"}, TypeError, "optimizer must be a whole number, got '0'"),
+        ({"optimizer": "first"}, TypeError, "optimizer must be a whole number, got 'first'"),
         ({"optimizer": True}, TypeError, "optimizer must be a whole number, got True"),
         ({"log_every_n_steps": 0}, ValueError, "log_every_n_steps must be >= 1, got 0; None takes the trainer's"),
         ({"log_every_n_steps": 2.0}, TypeError, "log_every_n_steps must be a whole number, got 2.0"),
