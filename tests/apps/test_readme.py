@@ -119,7 +119,7 @@ def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> Non
         ("plain.py", "norm_clipped"),
         ("fabric.py --steps 50", "step 50: loss"),
         ("fabric.py --steps 50 --strategy fsdp2", "step 50: loss"),
-        ("fsdp2.py", "gradclip/norm/blocks.1.linear2"),
+        ("fsdp2.py", "gradclip_norm/blocks.1.linear2"),
         ("gan.py", "critic/norm"),
     ],
 )
