@@ -12,7 +12,7 @@ change wherever gradients are made anew; they are copied from pinned memory, for
 # Triton comes with torch for CUDA and is missing elsewhere, also where types are checked.
 # pyright: reportMissingImports=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownParameterType=false
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportArgumentType=false
 
 from collections.abc import Sequence
 from functools import lru_cache

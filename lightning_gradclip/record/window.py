@@ -101,7 +101,7 @@ class Window:
             self._capacity = _capacity_for(self._scopes, context.scopes)
         if scopes is not self._scopes and scopes != self._scopes:
             self.look()
-            self._fold_scopes()
+            self._add_up_scopes()
             self._scopes = scopes
             self._capacity = _capacity_for(scopes, self._threshold_scopes)
         self._step_numbers.append(step)
@@ -110,7 +110,7 @@ class Window:
         if norms is not None:
             self._norms.append(norms)
         if len(self._rows) + self._count_seen >= self._capacity:
-            self._fold()
+            self._add_up()
 
     def look(self) -> None:
         """Tell the readers of all steps that they have not seen, which makes the host wait for the device."""
@@ -133,7 +133,7 @@ class Window:
 
         Left out is what is not known of every step with a finite norm, and without such a step all but the counts.
         """
-        self._fold()
+        self._add_up()
         result = self._aggregate.compute() if self._aggregate.update_called else {}
         if self._disclaimed:
             result.pop("norm_clipped", None)
@@ -142,12 +142,12 @@ class Window:
 
     def scope_norms(self) -> dict[str, float]:
         """Of the measured scopes the mean norm over the same steps, but for those in which a scope had no gradient."""
-        self._fold()
+        self._add_up()
         return {name: total / count for name, (total, count) in self._by_scope.items() if count}
 
     def clear(self) -> None:
         """Begin a new window; the counts go on."""
-        self._fold()
+        self._add_up()
         self._aggregate.reset()
         self._by_scope = {}
 
@@ -206,10 +206,10 @@ class Window:
         of_scopes = np.concatenate(columns, axis=1), self._threshold_scopes, limits, tuple(shares)
         return Packed(self._step_numbers, rows, self._scopes, norms, *of_scopes)
 
-    def _fold(self) -> None:
+    def _add_up(self) -> None:
         """Take all steps into the aggregates."""
         self.look()
-        self._fold_scopes()
+        self._add_up_scopes()
         if not self._rows_seen:
             return
         rows = _joined(self._rows_seen, len(Row._fields))
@@ -221,7 +221,7 @@ class Window:
         for name, count in zip(self._since_start, counts, strict=True):
             self._since_start[name] += count
 
-    def _fold_scopes(self) -> None:
+    def _add_up_scopes(self) -> None:
         if not self._norms_seen:
             return
         matrix = _joined(self._norms_seen, len(self._scopes))
