@@ -119,9 +119,11 @@ class GradientClipping(KnownArguments, Callback):
         if not isinstance(process_group, str):
             ranks.members(process_group)
         if optimizer is not None:
-            checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
+            optimizer = checks.integer("optimizer", optimizer, at_least=0, remedy="None serves every optimizer")
         if log_every_n_steps is not None:
-            checks.integer("log_every_n_steps", log_every_n_steps, at_least=1, remedy="None takes the trainer's")
+            log_every_n_steps = checks.integer(
+                "log_every_n_steps", log_every_n_steps, at_least=1, remedy="None takes the trainer's"
+            )
         if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"name must be a non-empty string, got {name!r}; the default is 'gradclip'")
         self.method = method

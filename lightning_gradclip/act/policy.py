@@ -54,7 +54,9 @@ class Policy:
             nonfinite = "ignore" if observes else "skip"
         checks.choice("nonfinite", nonfinite, NONFINITE)
         if max_consecutive_skips is not None:
-            checks.integer("max_consecutive_skips", max_consecutive_skips, at_least=0, remedy="None sets no bound")
+            max_consecutive_skips = checks.integer(
+                "max_consecutive_skips", max_consecutive_skips, at_least=0, remedy="None sets no bound"
+            )
         if observes and nonfinite in ("skip", "zero"):
             watched = "method=None" if method is None else "action='observe'"
             raise ValueError(

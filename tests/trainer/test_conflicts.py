@@ -369,3 +369,10 @@ def test_gradients_that_are_averaged_only_later_are_refused(name: str) -> None:
     strategy = type(name, (SingleDeviceStrategy,), {})(device="cpu")
     with pytest.raises(MisconfigurationException, match=f"does not support {name}, .* use Trainer\\(gradient_clip_val"):
         fit(Prescribed(), gradients(1), clipping(), strategy=strategy)
+
+
+@pytest.mark.filterwarnings("ignore:.* is text, :UserWarning")
+def test_whole_numbers_in_text_are_numbers_from_then_on() -> None:
+    callback = GradientClipping(NormClip(), optimizer="0", log_every_n_steps="5", max_consecutive_skips="3")  # type: ignore[arg-type]
+    assert (callback.optimizer, callback._options.policy.max_consecutive_skips) == (0, 3)
+    assert [key for key, value in vars(callback).items() if value in ("0", "5", "3")] == []
