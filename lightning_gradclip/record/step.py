@@ -28,7 +28,7 @@ class Row(NamedTuple):
     overflow: float = 0.0
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class StepStats:
     """What clipping did in one step. Nothing here waits for the device until it is converted to a number.
 
@@ -139,6 +139,13 @@ def row_of(norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped
     values: Any = {"norm": norm, "norm_clipped": norm_clipped, "limit": limit, "coef": coef, "clipped": clipped}
     row: Any = Row(**values, finite=torch.isfinite(norm), changed=changed)  # pyright: ignore[reportArgumentType]
     return torch.stack([torch.full_like(norm, one) if isinstance(one, float) else one.to(norm.dtype) for one in row])
+
+
+def unchanged(norm: float, limit: float) -> Row:
+    """The row, on the host, of a step that changes nothing; what most steps of small models are, in half the time."""
+    if math.isfinite(norm):
+        return Row(norm=norm, norm_clipped=norm, limit=limit)
+    return Row(norm=norm, norm_clipped=norm, limit=limit, finite=0.0)
 
 
 def amended(row: Row | Tensor, **fields: Any) -> Any:
