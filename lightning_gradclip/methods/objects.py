@@ -1,11 +1,13 @@
 """Methods pass through configurations as they are.
 
 OmegaConf takes every instance of a dataclass for a structured config, whose fields Hydra's `instantiate` would merge
-into the node of another method. It asks one function of its own, which is told here that methods are objects.
+into the node of another method. It asks two functions of its own, which are told here that methods are values.
 """
 
+import warnings
 from typing import Any
 
+import omegaconf
 from omegaconf import _utils
 
 
@@ -13,13 +15,19 @@ class PassedWhole:
     """Base of dataclasses whose instances OmegaConf keeps: as an argument of `instantiate`, they replace a node."""
 
 
-_is_dataclass = _utils.is_dataclass
+def tell(asked: dict[str, Any]) -> None:
+    """Let the two private functions in the names of OmegaConf's module know this base."""
+    try:
+        is_dataclass, is_value = asked["is_dataclass"], asked["is_primitive_type_annotation"]
+    except KeyError as missing:
+        message = (
+            f"OmegaConf {omegaconf.__version__} takes the fields of clipping methods for those of a configuration, since "
+            f"it has no {missing}; give instantiate() a _target_ in place of an object, or pip install 'omegaconf<2.5'"
+        )
+        warnings.warn(message, stacklevel=2)
+        return
+    asked["is_dataclass"] = lambda obj: not isinstance(obj, PassedWhole) and is_dataclass(obj)
+    asked["is_primitive_type_annotation"] = lambda type_: isinstance(type_, PassedWhole) or is_value(type_)
 
 
-def _is_structured(obj: Any) -> bool:
-    return not isinstance(obj, PassedWhole) and _is_dataclass(obj)
-
-
-# A private name; an OmegaConf without it goes on merging.
-if "is_dataclass" in _utils.__dict__:
-    _utils.__dict__["is_dataclass"] = _is_structured
+tell(_utils.__dict__)

@@ -105,17 +105,17 @@ def test_a_configuration_with_types_has_room_for_an_option(tmp_path: Path, schem
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        (NoField, "callbacks in 'typed' is a Checkpoint without 'gradclip'; write gradclip: Any = None in it"),
+        (NoField, "callbacks in 'NoField' is a Checkpoint without 'gradclip'; write gradclip: Any = None in it"),
         (
             Listed,
-            "callbacks in 'typed' is a list without 'gradclip'; choose another place, +callbacks/gradclip@gradclip=",
+            "callbacks in 'Listed' is a list without 'gradclip'; choose another place, +callbacks/gradclip@gradclip=",
         ),
     ],
 )
 def test_a_configuration_with_types_without_room_is_told_how_to_make_some(schema: type, said: str) -> None:
-    ConfigStore.instance().store("typed", schema)
+    ConfigStore.instance().store(schema.__name__, schema)
     with initialize(config_path=None, version_base="1.3"), pytest.raises(ConfigCompositionException) as failure:
-        compose("typed", ["+callbacks/gradclip=norm"])
+        compose(schema.__name__, ["+callbacks/gradclip=norm"])
     assert said in str(failure.value)
 
 

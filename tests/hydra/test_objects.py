@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import hydra_zen
 import pytest
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, _utils
 from torch import Tensor
 
 from lightning_gradclip import ClipMethod, GradientClipping, NormClip, ZClip
+from lightning_gradclip.methods import objects
 
 TARGET = "lightning_gradclip.GradientClipping"
 
@@ -38,6 +39,7 @@ def test_a_method_passes_as_an_object(method: ClipMethod, convert: str) -> None:
         instantiate(option, method=method, _convert_=convert),
         instantiate({"_target_": TARGET}, method=method, _convert_=convert),
         instantiate({"_target_": TARGET, "method": method}, _convert_=convert),
+        instantiate(OmegaConf.create({"_target_": TARGET, "method": method}), _convert_=convert),
         instantiate(holding, _convert_=convert),
     ):
         assert type(callback.method) is type(method)
@@ -59,3 +61,12 @@ def test_a_method_passes_through_hydra_zen(method: ClipMethod, convert: str) -> 
 def test_a_method_of_ones_own_in_a_file() -> None:
     node = {"_target_": TARGET, "method": {"_target_": f"{__name__}.HalfClip", "max_norm": 2.0}}
     assert instantiate(node).method == HalfClip(max_norm=2.0)
+
+
+@pytest.mark.parametrize("missing", ["is_dataclass", "is_primitive_type_annotation"])
+def test_an_omegaconf_that_cannot_be_told_is_named(missing: str) -> None:
+    names = {name: value for name, value in vars(_utils).items() if name != missing}
+    said = f"^OmegaConf 2.* takes the fields of clipping methods for .* no '{missing}'; give instantiate\\(\\) a _target_ "
+    with pytest.warns(UserWarning, match=said):
+        objects.tell(names)
+    assert names == {name: value for name, value in vars(_utils).items() if name != missing}
