@@ -74,7 +74,10 @@ def from_text(name: str, text: str, *, quiet: bool = False) -> float | str:
     except ValueError:
         return text
     if math.isfinite(value) and not quiet:
-        message = f"{name} is text, {text!r}, and read as a number; ${{oc.decode:${{oc.env:NAME}}}} gives a number"
+        message = (
+            f"{name} is text, {text!r}, and read as a number; give a number, such as float({text!r}) in Python or "
+            "'${oc.decode:${oc.env:NAME}}', with these quotes, in a configuration"
+        )
         warnings.warn(message, stacklevel=2)
     return int(value) if text.strip().lstrip("+-").isdecimal() else value
 

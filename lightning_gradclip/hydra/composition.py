@@ -16,9 +16,10 @@ from hydra.core.default_element import ConfigDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 
 from lightning_gradclip.hydra.places import GROUP, PARENT, SCHEME, Choice, Files
-from lightning_gradclip.hydra.settings import METHOD, is_below, settle, settled_overrides
+from lightning_gradclip.hydra.settings import METHOD, is_below, settle, settled_overrides, written
 
 
 def watch() -> None:
@@ -144,12 +145,26 @@ def _sweeps(overrides: list[Override]) -> Iterator[tuple[str, Override]]:
 
 
 def _searched(files: Files) -> Iterator[Override]:
-    """What the files tell a sweeper to go through."""
+    """What the files tell a sweeper to go through, under whatever key that sweeper has for it."""
     parser = OverridesParser.create()
     for _, node in files.contents("hydra.sweeper"):
-        for key, value in (node.get("params") or {}).items():
-            if is_below(str(key).lstrip("+").replace("/", ".").partition("@")[0], PARENT):
-                yield parser.parse_override(f"{key}={value}")
+        for key, value in _named(OmegaConf.to_container(node, resolve=False)):
+            yield parser.parse_override(f"{key}={_choice(value) or written(value)}")
+
+
+def _named(node: object) -> Iterator[tuple[str, object]]:
+    """The keys in it that lie below the place of all callbacks, and what they have."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if is_below(str(key).lstrip("+").replace("/", ".").partition("@")[0], PARENT):
+            yield str(key), value
+        else:
+            yield from _named(value)
+
+
+def _choice(value: object) -> str | None:
+    """As Hydra writes it. Optuna's files have text, Nevergrad's a list, Ax's `values`, and Optuna's had `choices`."""
+    values = value.get("values", value.get("choices")) if isinstance(value, dict) else value
+    return f"choice({written(values)[1:-1]})" if isinstance(values, list) else None
 
 
 def _refuse_shared(overrides: list[Override], place: str, sweep: Override) -> None:

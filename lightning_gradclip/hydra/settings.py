@@ -159,15 +159,15 @@ def _lines(key: str, value: object) -> Iterator[str]:
         for name, one in value.items():
             yield from _lines(f"{key}.{name}", one)
     else:
-        yield f"{key}={_written(value)}"
+        yield f"{key}={written(value)}"
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
     """A value as the command line takes it."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_written(one)}" for name, one in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{written(one)}" for name, one in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(map(written, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -179,8 +179,8 @@ def _nothing_to_set(override: Override, choice: Choice) -> ConfigCompositionExce
 
 
 def _no_schedule(override: Override, key: str, point: str, before: object) -> ConfigCompositionException:
-    value = _written(override.value())
+    value = written(override.value())
     return ConfigCompositionException(
-        f"{override.input_line} sets a point of a schedule, and {key} is {_written(before)}; "
-        f"write the whole schedule, '{key}={{0: {_written(before)}, {point}: {value}}}'"
+        f"{override.input_line} sets a point of a schedule, and {key} is {written(before)}; "
+        f"write the whole schedule, '{key}={{0: {written(before)}, {point}: {value}}}'"
     )

@@ -21,8 +21,8 @@ def tell(asked: dict[str, Any]) -> None:
         is_dataclass, is_value = asked["is_dataclass"], asked["is_primitive_type_annotation"]
     except KeyError as missing:
         message = (
-            f"OmegaConf {omegaconf.__version__} takes the fields of clipping methods for those of a configuration, since "
-            f"it has no {missing}; give instantiate() a _target_ in place of an object, or pip install 'omegaconf<2.5'"
+            f"OmegaConf {omegaconf.__version__} takes the fields of clipping methods for those of a configuration, "
+            f"since it has no {missing}; give instantiate() a _target_ in place of an object, or pip install 'omegaconf<2.5'"
         )
         warnings.warn(message, stacklevel=2)
         return

@@ -3,7 +3,7 @@
 import pytest
 
 from kit.application import Application
-from kit.command_lines import REFUSED, WORKING, Line
+from kit.command_lines import REFUSED, SEARCHES, WORKING, Line
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +13,12 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Application:
 
 @pytest.mark.parametrize("line", [*WORKING, *REFUSED], ids=lambda line: line.__name__)
 def test_a_line(line: Line, application: Application) -> None:
+    line(application)
+
+
+@pytest.mark.parametrize("line", SEARCHES, ids=lambda line: line.__name__)
+def test_a_search(line: Line, application: Application) -> None:
+    pytest.importorskip("optuna", reason="the sweep extra is not installed")
     line(application)
 
 

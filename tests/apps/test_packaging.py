@@ -6,6 +6,7 @@ package index and the `dev` extra.
 
 import compileall
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email import message_from_bytes
 from pathlib import Path
@@ -24,6 +26,7 @@ import lightning_gradclip
 from kit.application import Application
 from kit.command_lines import (
     REFUSED,
+    SEARCHES,
     TRAINING,
     WORKING,
     a_method_and_its_setting,
@@ -222,23 +225,97 @@ def test_every_other_way_to_install_is_found(installed: Environment) -> None:
     )
 
 
-@pytest.mark.packaging
-@pytest.mark.parametrize("installed", ["uv wheel"], indirect=True)
-def test_a_foreign_application_trains_and_is_told_its_mistakes(installed: Environment) -> None:
-    # What torch needs lies beside the tests and comes last on the path; Hydra and this package are the environment's.
+@contextmanager
+def whole(installed: Environment) -> Iterator[None]:
+    """With what torch needs, which lies beside the tests and comes last on the path."""
     beside = installed.library / "beside.pth"
     beside.write_text(sysconfig.get_path("purelib"))
     try:
         where = installed.ask("import hydra, lightning_gradclip as us; print(hydra.__file__, us.__file__, sep='\\n')")
         assert all(Path(file).is_relative_to(installed.library) for file in where.splitlines())
+        yield
+    finally:
+        beside.unlink()
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("installed", ["uv wheel"], indirect=True)
+def test_a_foreign_application_trains_and_is_told_its_mistakes(installed: Environment) -> None:
+    with whole(installed):
         installed.application.tries([*TRAINING, *REFUSED])
         # The environment beside is not ours to check as a whole.
         command = [sys.executable, "-m", "pip", "--python", installed.python, "check"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
         assert said
         assert [line for line in said if line.startswith("lightning-gradclip ")] == []
+
+
+# What asks for objects, and for more compositions than there are command lines.
+IN_ONE_PROCESS = ["hydra/test_chosen.py", "hydra/test_objects.py", "hydra/test_pack.py", "apps/test_template.py"]
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("installed", ["uv wheel"], indirect=True)
+def test_the_tests_of_the_pack_pass_beside_the_wheel(installed: Environment) -> None:
+    with whole(installed):
+        files = [ROOT / "tests" / name for name in IN_ONE_PROCESS]
+        options = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+        said = execute(installed.python, "-m", "pytest", *options, *files, cwd=installed.application.folder)
+    assert " passed in " in said
+
+
+# Hydra 1.3 has Optuna beside the tests.
+OPTUNA = {"1.3": [], "1.4": ["hydra-optuna-sweeper>=1.4.0rc3", "optuna>=4"]}
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("installed", ["uv wheel"], indirect=True)
+def test_optuna_searches_methods_and_their_parameters(installed: Environment) -> None:
+    pytest.importorskip("optuna", reason="the sweep extra is not installed")
+    version = installed.ask("import hydra; print(hydra.__version__)")[:3]
+    with whole(installed):
+        command = ["pip", "--python", installed.python]
+        if OPTUNA[version]:
+            execute(
+                sys.executable, "-m", *command, "install", "-q", "--no-deps", *OPTUNA[version], cwd=installed.library
+            )
+        try:
+            installed.application.tries(SEARCHES)
+        finally:
+            if OPTUNA[version]:
+                names = ["hydra-optuna-sweeper", "optuna"]
+                execute(sys.executable, "-m", *command, "uninstall", "-q", "-y", *names, cwd=installed.library)
+
+
+def processor_time(application: Application, *arguments: str) -> float:
+    """Milliseconds that Python takes to start, compose and end: the least of several, as machines are shared."""
+    times = []
+    for _ in range(7):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert application.start(*arguments).code == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return 1000 * min(times)
+
+
+@pytest.mark.packaging
+def test_composing_takes_at_most_20_ms_more_than_without_the_package(
+    environment: Environment, distributions: dict[str, Path]
+) -> None:
+    """An application that does not use the pack, and one that has the option as files of its own."""
+    application = environment.application
+    own = application.folder / "configs" / "own" / "gradclip"
+    own.mkdir(parents=True, exist_ok=True)
+    for name in ("norm", "_callback"):
+        shutil.copy(ROOT / "conf" / "callbacks" / "gradclip" / f"{name}.yaml", own)
+    without = processor_time(application), processor_time(application, "+own/gradclip=norm")
+    environment.install(distributions["wheel"], by="uv")
+    try:
+        beside = processor_time(application), processor_time(application, "+callbacks/gradclip=norm")
     finally:
-        beside.unlink()
+        environment.uninstall(by="uv")
+    assert beside[0] - without[0] < 20
+    assert beside[1] - without[1] < 20
 
 
 @pytest.mark.packaging

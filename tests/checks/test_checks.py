@@ -178,7 +178,8 @@ def test_without_a_remedy_nothing_dangles(refused: Callable[[], object]) -> None
 
 @pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("-3", -3.0), ("1e-3", 0.001)])
 def test_a_number_in_a_text_is_read_and_said(text: str, number: float) -> None:
-    expected = re.escape(f"x is text, {text!r}, and read as a number; ${{oc.decode:${{oc.env:NAME}}}} gives a number")
+    said = f"x is text, {text!r}, and read as a number; give a number, such as float({text!r}) in Python or "
+    expected = re.escape(said + "'${oc.decode:${oc.env:NAME}}', with these quotes, in a configuration")
     with pytest.warns(UserWarning, match=f"^{expected}$"):
         assert checks.number("x", text) == number
 

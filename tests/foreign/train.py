@@ -19,20 +19,22 @@ if "MODULES" in os.environ:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
     if config.get("trainer"):
-        train(config)
-    else:
-        print(json.dumps(OmegaConf.to_container(config)))
+        return train(config)
+    print(json.dumps(OmegaConf.to_container(config)))
+    return None
 
 
-def train(config: DictConfig) -> None:
+def train(config: DictConfig) -> float | None:
     callbacks = [instantiate(node) for node in config.callbacks.values() if "_target_" in node]
     from lightning.pytorch.demos.boring_classes import BoringModel
 
     trainer = instantiate(config.trainer, callbacks=callbacks)
     trainer.fit(BoringModel())
-    print(json.dumps({key: float(value) for key, value in trainer.callback_metrics.items()}))
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    print(json.dumps(metrics))
+    return metrics.get("gradclip/norm_clipped")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -170,3 +173,29 @@ def test_a_setting_that_the_option_overwrites_is_named(tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match=said):
         assert composed(tmp_path).callbacks.gradclip.method.max_norm == 1.0
+
+
+METHODS = {"callbacks/gradclip": ["norm", "zclip"]}
+LIMITS = {"callbacks.gradclip.method.max_norm": {"lower": 0.1, "upper": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"params": {"callbacks/gradclip": "choice(norm,zclip)", "callbacks.gradclip.method.max_norm": "interval(0,1)"}},
+        {"parametrization": {**METHODS, **LIMITS}},
+        {"ax_config": {"params": {"callbacks/gradclip": {"type": "choice", "values": ["norm", "zclip"]}, **LIMITS}}},
+        {"search_space": {"callbacks/gradclip": {"type": "categorical", "choices": ["norm", "zclip"]}, **LIMITS}},
+    ],
+    ids=["optuna", "nevergrad", "ax", "optuna before 1.2"],
+)
+def test_no_search_tunes_one_setting_for_several_options(tmp_path: Path, search: dict[str, Any]) -> None:
+    text = yaml.safe_dump({"defaults": [{"callbacks/gradclip": "norm"}, "_self_"], "hydra": {"sweeper": search}})
+    write(tmp_path, {"train": text})
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        said = (
+            r"^callbacks.gradclip.method.max_norm=\S+ would be set for each option of callbacks/gradclip=choice\(norm,z"
+        )
+        with pytest.raises(ConfigCompositionException, match=said):
+            loader.load_configuration("train", [], RunMode.MULTIRUN)

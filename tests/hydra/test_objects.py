@@ -66,7 +66,9 @@ def test_a_method_of_ones_own_in_a_file() -> None:
 @pytest.mark.parametrize("missing", ["is_dataclass", "is_primitive_type_annotation"])
 def test_an_omegaconf_that_cannot_be_told_is_named(missing: str) -> None:
     names = {name: value for name, value in vars(_utils).items() if name != missing}
-    said = f"^OmegaConf 2.* takes the fields of clipping methods for .* no '{missing}'; give instantiate\\(\\) a _target_ "
+    said = (
+        f"^OmegaConf 2.* takes the fields of clipping methods for .* no '{missing}'; give instantiate\\(\\) a _target_ "
+    )
     with pytest.warns(UserWarning, match=said):
         objects.tell(names)
     assert names == {name: value for name, value in vars(_utils).items() if name != missing}

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+from omegaconf import OmegaConf
 
 from kit.application import Application
 
@@ -179,6 +180,35 @@ def a_sweep_over_every_option(application: Application) -> None:
     assert set(targets) == {"lightning_gradclip.GradientClipping", "lightning_gradclip.hydra.none.no_clipping"}
 
 
+# Of a run that sets all of them the usual name of its folder is longer than a file system takes.
+EIGHT = {
+    "method.max_norm": "0.5",
+    "method.norm_type": "1.0",
+    "method.per": "layer",
+    "action": "skip",
+    "nonfinite": "zero",
+    "exclude": "head.*",
+    "history": "true",
+    "log_every_n_steps": "5",
+}
+
+
+def a_folder_for_each_setting(application: Application) -> None:
+    line = [f"callbacks.gradclip.{key}={value}" for key, value in EIGHT.items()]
+    sweep = ["+callbacks/gradclip=norm", "seed=1,2", *line, "hydra.sweep.subdir=${hydra.job.override_dirname}"]
+    where = "hydra.sweep.dir={}", "hydra/job_logging=disabled"
+    assert (
+        "File name too long" in application.start(*sweep, where[0].format("long"), where[1], "-m", quiet=False).stderr
+    )
+    for way in ("item_sep=/", "exclude_keys=[" + ",".join(one.partition("=")[0] for one in line) + "]"):
+        swept = [*sweep, f"hydra.job.config.override_dirname.{way}", where[0].format(way[:4]), where[1], "-m"]
+        ended = application.start(*swept, quiet=False)
+        assert (ended.code, len(ended.printed)) == (0, 2), ended.stderr
+        written = list((application.folder / way[:4]).rglob("overrides.yaml"))
+        assert len(written) == 2
+        assert all("callbacks.gradclip.method.max_norm=0.5" in one.read_text() for one in written)
+
+
 WORKING: list[Line] = [
     a_method_and_its_setting,
     a_schedule,
@@ -201,6 +231,7 @@ WORKING: list[Line] = [
     the_shell_completes,
     a_sweep_over_methods_and_settings,
     a_sweep_over_every_option,
+    a_folder_for_each_setting,
 ]
 
 
@@ -328,6 +359,18 @@ def one_step_is_clipped(application: Application) -> None:
     assert metrics["gradclip/norm_clipped"] == pytest.approx(0.01, rel=1e-3)
 
 
+def a_limit_from_the_environment(application: Application) -> None:
+    """Which is text, also where it is a point of a schedule."""
+    for value in ("${oc.env:LIM}", "{0: '${oc.env:LIM}', 1000: 1}", "'${oc.decode:${oc.env:LIM}}'"):
+        line = ["+callbacks/gradclip=norm", f"callbacks.gradclip.method.max_norm={value}"]
+        started = application.start("trainer=once", *line, LIM="0.015")
+        assert started.code == 0, started.stderr
+        assert started.printed[0]["gradclip/norm_clipped"] == pytest.approx(0.015, rel=1e-3)
+        assert (" is text, '0.015', and read as a number" in started.stderr) == ("decode" not in value)
+    failed = application.failed("+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm='${oc.env:HOME}'")
+    assert "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got '/" in failed
+
+
 def a_wrong_type(application: Application) -> None:
     said = application.failed("+callbacks/gradclip=norm", "callbacks.gradclip.method.max_norm=maybe")
     assert "max_norm must be a number or a schedule such as {0: 10.0, 1000: 1.0}, got 'maybe' (str)" in said
@@ -343,6 +386,32 @@ def the_trainer_clips_too(application: Application) -> None:
 # These import torch.
 TRAINING: list[Line] = [
     one_step_is_clipped,
+    a_limit_from_the_environment,
     a_wrong_type,
     the_trainer_clips_too,
+]
+
+
+def a_search_over_methods_and_their_parameters(application: Application) -> None:
+    """Every trial has what was drawn for its method, and nothing of the other's."""
+    started = application.start("trainer=once", "experiment=searched", "-m", quiet=False)
+    assert started.code == 0, started.stdout + started.stderr
+    saved = (application.folder / "found" / str(job) / ".hydra" / "config.yaml" for job in range(6))
+    methods = [OmegaConf.load(file).callbacks.gradclip.method for file in saved]
+    clipped = [metrics["gradclip/norm_clipped"] for metrics in started.printed]
+    assert {method._target_ for method in methods} == {"lightning_gradclip.NormClip", "lightning_gradclip.ZClip"}
+    for method, norm in zip(methods, clipped, strict=True):
+        if "z_threshold" in method:
+            assert 3 < method.z_threshold < 4
+            assert method.max_norm is None
+        else:
+            assert 0.01 < method.max_norm < 0.1
+            assert norm == pytest.approx(method.max_norm, rel=1e-3)
+    (best,) = application.folder.glob("found/optimization_results.yaml")
+    assert f"best_value: {min(clipped)}" in best.read_text()
+
+
+# These want Optuna and Hydra's sweeper for it.
+SEARCHES: list[Line] = [
+    a_search_over_methods_and_their_parameters,
 ]
