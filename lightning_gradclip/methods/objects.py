@@ -22,12 +22,18 @@ def tell(asked: dict[str, Any]) -> None:
     except KeyError as missing:
         message = (
             f"OmegaConf {omegaconf.__version__} takes the fields of clipping methods for those of a configuration, "
-            f"since it has no {missing}; give instantiate() a _target_ in place of an object, or pip install 'omegaconf<2.5'"
+            f"since it has no {missing}; give instantiate() a _target_ in place of an object, or install omegaconf<2.5"
         )
         warnings.warn(message, stacklevel=2)
         return
-    asked["is_dataclass"] = lambda obj: not isinstance(obj, PassedWhole) and is_dataclass(obj)
-    asked["is_primitive_type_annotation"] = lambda type_: isinstance(type_, PassedWhole) or is_value(type_)
+
+    def is_structured(obj: Any) -> bool:
+        return not isinstance(obj, PassedWhole) and is_dataclass(obj)
+
+    def is_primitive(type_: Any) -> bool:
+        return isinstance(type_, PassedWhole) or is_value(type_)
+
+    asked["is_dataclass"], asked["is_primitive_type_annotation"] = is_structured, is_primitive
 
 
 tell(_utils.__dict__)

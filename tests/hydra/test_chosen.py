@@ -15,9 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kit.root import ROOT
+from lightning_gradclip.hydra.structured import GradclipConf
 
 AGC = "{_target_: lightning_gradclip.AGC, clip_factor: 0.02}"
 
@@ -86,6 +87,16 @@ class WithField:
 
 
 @dataclasses.dataclass
+class Exported:
+    gradclip: GradclipConf | None = None  # type: ignore[valid-type]
+
+
+@dataclasses.dataclass
+class WithType:
+    callbacks: Exported = dataclasses.field(default_factory=Exported)
+
+
+@dataclasses.dataclass
 class NoField:
     callbacks: Checkpoint = dataclasses.field(default_factory=Checkpoint)
 
@@ -95,7 +106,7 @@ class Listed:
     callbacks: list[Any] = dataclasses.field(default_factory=list)
 
 
-@pytest.mark.parametrize("schema", [AnyCallbacks, WithField])
+@pytest.mark.parametrize("schema", [AnyCallbacks, WithField, WithType])
 def test_a_configuration_with_types_has_room_for_an_option(tmp_path: Path, schema: type) -> None:
     ConfigStore.instance().store(schema.__name__, schema)
     write(tmp_path, {"train": f"defaults: [{schema.__name__}, callbacks/gradclip: norm, _self_]\n"})
@@ -103,6 +114,21 @@ def test_a_configuration_with_types_has_room_for_an_option(tmp_path: Path, schem
     assert instantiate(cfg.callbacks.gradclip).method.max_value == {0: 1.0, 5: 2.0}
     with pytest.raises(ConfigCompositionException, match=r"To append to your config use \+callbacks.gradclip.actoin=1"):
         composed(tmp_path, "callbacks.gradclip.actoin=1")
+
+
+def test_the_exported_type_knows_the_keys_in_files(tmp_path: Path) -> None:
+    ConfigStore.instance().store("with_type", WithType)
+    settings = "callbacks: {gradclip: {actoin: skip}}\n"
+    write(tmp_path, {"train": f"defaults: [with_type, callbacks/gradclip: norm, _self_]\n{settings}"})
+    with pytest.raises(ConfigCompositionException, match="Key 'actoin' not in 'GradclipConf'"):
+        composed(tmp_path)
+    write(tmp_path, {"train": "defaults: [with_type, callbacks/gradclip: norm, _self_]\n"})
+    for option in ("monitor", "none", "adagc"):
+        typed = OmegaConf.to_container(composed(tmp_path, f"callbacks/gradclip={option}").callbacks.gradclip)
+        write(tmp_path, {"plain": yaml.safe_dump({"defaults": [{"callbacks/gradclip": option}, "_self_"]})})
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            assert typed == OmegaConf.to_container(compose("plain").callbacks.gradclip)
+    assert composed(tmp_path, "~callbacks/gradclip").callbacks.gradclip is None
 
 
 @pytest.mark.parametrize(
