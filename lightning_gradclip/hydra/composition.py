@@ -16,7 +16,6 @@ from hydra.core.default_element import ConfigDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
 from lightning_gradclip.hydra.places import GROUP, PARENT, SCHEME, Choice, Files
 from lightning_gradclip.hydra.settings import METHOD, is_below, settle, settled_overrides, written
@@ -62,8 +61,8 @@ def create_defaults_list(
         result.config_overrides = [one for one in result.config_overrides if not is_below(one.key_or_group, place)]
     for choice in _one_for_each_place(files, overrides_list):
         _refuse_without_room(files, choice)
-        method = settle(files, choice)
-        result.config_overrides = list(settled_overrides(result.config_overrides, choice, method))
+        settled = settle(files, choice)
+        result.config_overrides = list(settled_overrides(result.config_overrides, choice, settled))
     return result
 
 
@@ -148,7 +147,7 @@ def _searched(files: Files) -> Iterator[Override]:
     """What the files tell a sweeper to go through, under whatever key that sweeper has for it."""
     parser = OverridesParser.create()
     for _, node in files.contents("hydra.sweeper"):
-        for key, value in _named(OmegaConf.to_container(node, resolve=False)):
+        for key, value in _named(node):
             yield parser.parse_override(f"{key}={_choice(value) or written(value)}")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
@@ -45,7 +45,7 @@ class Files:
             self._placed[path, package] = parent
 
     def config(self, path: str) -> Container | None:
-        """What the file holds, as it will be merged: to change it is to change the composition."""
+        """What the file holds."""
         loaded = self.repo.load_config(path)
         return loaded and loaded.config
 
@@ -58,14 +58,19 @@ class Files:
                 if any(_has_target(self.config(file)) for file in files):
                     yield Choice(place, path, parent, files)
 
-    def contents(self, place: str) -> Iterator[tuple[str, DictConfig]]:
+    def contents(self, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """What each file has for this place, in the order of merging."""
+        keys = place.split(".")
         for path, package in self._placed:
-            keys, outer = place.split("."), package.split(".") if package else []
-            if keys[: len(outer)] == outer:
+            outer = package.split(".") if package else []
+            if all(key == other for key, other in zip(keys, outer, strict=False)):
                 found = _inside(self.config(path), keys[len(outer) :])
                 if isinstance(found, DictConfig):
-                    yield path, found
+                    held: Any = OmegaConf.to_container(found, resolve=False)
+                    # A file may lie deeper: its package is the method, or an argument of it.
+                    for key in reversed(outer[len(keys) :]):
+                        held = {key: held}
+                    yield path, held or {}
 
     def without_room(self, place: str) -> tuple[str, str, str, str] | None:
         """What leaves no room for a place: the file, the key in it, the type that lies there, the field it would need.

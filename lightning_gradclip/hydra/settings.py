@@ -6,12 +6,13 @@ one before, as does a method with a `_target_` of its own. Hydra by itself would
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, cast
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import OmegaConf
 
 from lightning_gradclip.hydra.places import GROUP, Choice, Files
 
@@ -19,52 +20,72 @@ from lightning_gradclip.hydra.places import GROUP, Choice, Files
 METHOD = "method"
 
 
-def settle(files: Files, choice: Choice) -> object:
-    """Leave in the files only what belongs to the chosen option.
+@dataclass(frozen=True)
+class Settled:
+    """What the files come to for the method of an option: what belongs to it, and what Hydra merges."""
 
-    Returns:
-        What its method comes to: a dictionary, or None where the option has no method.
-    """
-    result: object = None
-    before: list[DictConfig] = []
-    for path, node in files.contents(choice.place):
-        if METHOD not in _plain(node):
+    method: object
+    merged: object
+
+
+def settle(files: Files, choice: Choice) -> Settled:
+    """What belongs to the method of the chosen option, of all that the files have at its place."""
+    method: object = None
+    merged: object = None
+    for path, content in files.contents(choice.place):
+        if METHOD not in content:
             continue
+        held = content[METHOD]
+        merged = _merged(merged, held)
         meant = None if path in choice.files else files.taken_for_chosen(path, choice.place)
         if meant and meant != choice.path:
-            _leave_out(node, f"'{path}'", meant, choice)
+            _say_what_is_left_out(held, path, meant, choice)
             continue
-        _count_steps(node)
-        method = _plain(node)[METHOD]
         if path == choice.path:
-            _say_what_is_overwritten(result, method, choice)
-        result = _joined(result, method, before)
-        before.append(node)
-    return result
+            _say_what_is_overwritten(method, held, choice)
+        method = _joined(method, _by_step(held))
+    return Settled(method, merged)
 
 
-def settled_overrides(overrides: list[Override], choice: Choice, method: object) -> Iterator[Override]:
+def settled_overrides(overrides: list[Override], choice: Choice, settled: Settled) -> Iterator[Override]:
     """The overrides, with points of schedules by their step, and whole schedules in place of those before."""
     place = f"{choice.place}.{METHOD}"
+    method = settled.method
+    targets = [one for one in overrides if one.key_or_group == f"{place}._target_" and not one.is_delete()]
+    another = isinstance(method, dict) and any(one.value() != method.get("_target_") for one in targets)
+    if another:
+        method = {"_target_": targets[-1].value()}
+    if another or settled.method != settled.merged:
+        yield from _whole(place, method)
     for override in overrides:
         key, value = override.key_or_group, override.value()
-        if override.is_delete() or not is_below(key, place):
+        if not is_below(key, place) or (override.is_delete() and not _is_point(key, place, method)):
             yield override
         elif key == place:
-            if isinstance(value, dict) and "_target_" in value:
-                yield _setting(override, place, None)
             method = value
-            yield override
+            yield from _whole(place, value) if isinstance(value, dict) and "_target_" in value else (override,)
         elif method is None and key != f"{place}._target_":
             raise _nothing_to_set(override, choice)
         else:
             method = method if isinstance(method, dict) else {}
-            yield from _argument(override, place, method)
+            # The constructor of a method that no file describes knows its arguments.
+            known = (
+                replace(override, type=OverrideType.FORCE_ADD)
+                if another and override.type == OverrideType.CHANGE
+                else override
+            )
+            yield from _argument(known, place, method)
 
 
 def is_below(key: str, place: str) -> bool:
     """Whether a dotted key is this place or lies in it."""
     return f"{key}.".startswith(f"{place}.")
+
+
+def _is_point(key: str, place: str, method: object) -> bool:
+    """Whether this is the key of a point in a schedule of the method."""
+    name, _, point = key.removeprefix(f"{place}.").partition(".")
+    return point.isdigit() and isinstance(method, dict) and _is_schedule(method.get(name))
 
 
 def _argument(override: Override, place: str, method: dict[str, Any]) -> Iterator[Override]:
@@ -74,8 +95,10 @@ def _argument(override: Override, place: str, method: dict[str, Any]) -> Iterato
     if point.isdigit():
         if not _is_schedule(before):
             raise _no_schedule(override, key, point, before)
+        yield from _point(override, key, int(point), before)
         method[name] = {**before, int(point): value}
-        yield _setting(override, key, {int(point): value})
+        if override.is_delete():
+            del method[name][int(point)]
     elif _is_schedule(value) and not override.is_add():
         method[name] = _counted(value)
         if isinstance(before, dict):
@@ -86,12 +109,29 @@ def _argument(override: Override, place: str, method: dict[str, Any]) -> Iterato
         yield override
 
 
+def _point(override: Override, key: str, step: int, before: dict[Any, Any]) -> Iterator[Override]:
+    if not override.is_delete():
+        yield _setting(override, key, {step: override.value()})
+    elif step in before:
+        yield from _whole(key, {other: value for other, value in before.items() if other != step})
+    else:
+        yield override
+
+
 def _setting(override: Override, key: str, value: object) -> Override:
     return replace(override, key_or_group=key, _value=value)
 
 
-def _plain(node: DictConfig) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=False) or {})
+def _whole(key: str, value: object) -> Iterator[Override]:
+    """Put a value in the place of what is there, of which Hydra would keep the other keys."""
+    for one in (None, deepcopy(value)):
+        yield Override(OverrideType.FORCE_ADD, key, value_type=None, _value=cast("Any", one))
+
+
+def _merged(before: object, after: object) -> object:
+    """As Hydra merges the files."""
+    one, other = (OmegaConf.create({METHOD: value}, flags={"allow_objects": True}) for value in (before, after))
+    return OmegaConf.to_container(OmegaConf.merge(one, other), resolve=False)[METHOD]  # type: ignore[index]
 
 
 def _is_schedule(value: object) -> TypeGuard[dict[Any, Any]]:
@@ -103,40 +143,26 @@ def _counted(schedule: dict[Any, Any]) -> dict[int, Any]:
     return {int(step): value for step, value in schedule.items()}
 
 
-def _count_steps(node: DictConfig) -> None:
-    """Let all files give steps as whole numbers, so that a point has one key."""
-    method = _plain(node)[METHOD]
-    for name, value in method.items() if isinstance(method, dict) else ():
-        if _is_schedule(value) and not all(isinstance(step, int) for step in value):
-            node[METHOD][name] = _counted(value)
-
-
-def _joined(result: object, method: object, before: list[DictConfig]) -> object:
-    """Merge as Hydra will, after taking out of the files before what is replaced as a whole."""
-    if not isinstance(method, dict) or not isinstance(result, dict):
+def _by_step(method: object) -> object:
+    """With the steps of schedules as whole numbers, whatever the file has, so that a point has one key."""
+    if not isinstance(method, dict):
         return method
-    if "_target_" in method and method["_target_"] != result.get("_target_", method["_target_"]):
-        for node in before:
-            _drop(node, METHOD)
+    return {name: _counted(value) if _is_schedule(value) else value for name, value in method.items()}
+
+
+def _joined(before: object, method: object) -> object:
+    """Merge as Hydra does, but for methods and schedules, each of which is replaced as a whole."""
+    if not isinstance(method, dict) or not isinstance(before, dict):
         return method
-    for name in method.keys() & result.keys():
-        if _is_schedule(method[name]) and isinstance(result[name], dict):
-            for node in before:
-                _drop(node[METHOD], name)
-    return {**result, **method}
+    if "_target_" in method and method["_target_"] != before.get("_target_", method["_target_"]):
+        return method
+    return _merged({name: None if _is_schedule(method.get(name)) else value for name, value in before.items()}, method)
 
 
-def _drop(node: object, key: str) -> None:
-    if isinstance(node, DictConfig) and key in _plain(node):
-        with flag_override(node, ["struct", "readonly"], False):
-            del node[key]
-
-
-def _leave_out(node: DictConfig, where: str, meant: str, choice: Choice) -> None:
-    lines = " ".join(_lines(f"{choice.place}.{METHOD}", _plain(node)[METHOD]))
-    _drop(node, METHOD)
+def _say_what_is_left_out(method: object, path: str, meant: str, choice: Choice) -> None:
+    lines = " ".join(_lines(f"{choice.place}.{METHOD}", method))
     warnings.warn(
-        f"{lines} in {where} is meant for {GROUP}={meant.removeprefix(f'{GROUP}/')} and left out, since {choice.name} "
+        f"{lines} in '{path}' is meant for {GROUP}={meant.removeprefix(f'{GROUP}/')} and left out, since {choice.name} "
         f"is chosen; what the command line sets is meant for {choice.name}",
         stacklevel=2,
     )

@@ -156,6 +156,46 @@ def test_a_method_with_a_target_of_its_own_replaces_the_options(tmp_path: Path) 
     assert composed(tmp_path, "+callbacks/gradclip=norm", line).callbacks.gradclip.method == method
 
 
+def test_a_target_on_the_command_line_takes_the_place_of_the_method_with_its_settings(tmp_path: Path) -> None:
+    write(tmp_path, {"train": "defaults: [callbacks/gradclip: norm, _self_]\n"})
+    target, key = (
+        "callbacks.gradclip.method._target_=lightning_gradclip.ZClip",
+        "callbacks.gradclip.method.z_threshold=3",
+    )
+    for line in ([target, key], [key, target], [target, f"+{key}"]):
+        method = composed(tmp_path, "callbacks.gradclip.action=skip", *line).callbacks.gradclip.method
+        assert method == {"_target_": "lightning_gradclip.ZClip", "z_threshold": 3}
+
+
+@pytest.mark.parametrize("inside", ["", ".method", ".method.max_norm"])
+def test_a_file_of_another_group_sets_for_the_option_that_it_is_written_for(tmp_path: Path, inside: str) -> None:
+    """Wherever its package lies."""
+    held: Any = {"method": {"max_norm": {0: 2.0, 10: 1.0}}}
+    for key in inside.split(".")[1:]:
+        held = held[key]
+    text = f"# @package callbacks.gradclip{inside}\n{yaml.safe_dump(held)}"
+    defaults = "defaults: [callbacks/gradclip: norm, tuned: a, _self_]\n"
+    write(tmp_path, {"train": defaults, "tuned/a": text})
+    assert composed(tmp_path).callbacks.gradclip.method.max_norm == {0: 2.0, 10: 1.0}
+    with pytest.warns(
+        UserWarning, match=r"max_norm=\{0:2.0,10:1.0\} in 'tuned/a' is meant for callbacks/gradclip=norm"
+    ):
+        assert composed(tmp_path, "callbacks/gradclip=zclip").callbacks.gradclip.method.max_norm is None
+
+
+def test_a_file_at_two_places_belongs_to_each(tmp_path: Path) -> None:
+    own = "defaults: [norm, _self_]\nmethod: {_target_: lightning_gradclip.AGC}\n"
+    both = "defaults: [callbacks/gradclip@a: norm, callbacks/gradclip@b: norm, tuned@a: s, tuned@b: s, _self_]\n"
+    write(tmp_path, {"train": both, "tuned/s": "method: {max_norm: 0.25}\n", "callbacks/gradclip/own": own})
+    with pytest.warns(UserWarning, match=r"^a.method.max_norm=0.25 in 'tuned/s' is meant for callbacks/gradclip=norm"):
+        cfg = composed(tmp_path, "callbacks/gradclip@a=zclip")
+    assert (cfg.a.method.max_norm, cfg.b.method.max_norm) == (None, 0.25)
+    write(tmp_path, {"train": "{}\n"})
+    cfg = composed(tmp_path, "+callbacks/gradclip@a=own", "+callbacks/gradclip@b=norm")
+    assert cfg.a.method == {"_target_": "lightning_gradclip.AGC"}
+    assert cfg.b.method.max_norm == 1.0
+
+
 def test_a_schedule_in_a_later_file_replaces_the_one_before(tmp_path: Path) -> None:
     first = "defaults: [norm, _self_]\nmethod: {max_norm: {0: 10, 1000: 1}}\n"
     second = "defaults: [first, _self_]\nmethod: {max_norm: {'0': 5, '500': 1}}\n"

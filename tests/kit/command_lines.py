@@ -37,6 +37,7 @@ def schedules_by_their_points(application: Application) -> None:
         ([f"{name}.1000=2"], {"0": 10, "1000": 2}),
         ([f"+{name}.2000=2"], {"0": 10, "1000": 1, "2000": 2}),
         ([f"{name}={{0: 5}}", f"{name}.0=6"], {"0": 6}),
+        ([f"~{name}.1000", f"{name}.0=6"], {"0": 6}),
     ):
         assert application.composed(option, *line)["callbacks"]["gradclip"]["method"]["max_norm"] == points
     swept = application.shown(option, f"{name}.1000=2,3", "-m").printed
