@@ -66,6 +66,7 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
         Options(self._method, **{key: value for key, value in options.items() if key in _CHECKED})
         self._clipper: Clipper | None = None
         self._before: float | None = None
+        self._losses: _Losses | None = None
         self.saved: dict[str, Any] | None = None
 
     @property
@@ -91,7 +92,9 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
         assert model is not None
         assert optimizer is not None
         self._take_over(args)
-        self._come_first(args)
+        handler, trainer = _calling()
+        self._come_first(handler)
+        self._listen(trainer)
         inner = getattr(optimizer, "optimizer", optimizer)
         self._scaler = getattr(optimizer, "scaler", None)
         self._clipper = Clipper(model, self._method, optimizer=inner, **self._options)
@@ -101,11 +104,15 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
             self.saved = None
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Clip."""
         assert self._clipper is not None
-        self._clipper.step(self._scaler)
+        if self._losses is None:
+            self._clipper.step(self._scaler)
+            return
+        epoch, batch = _place(state.epoch, given["train_dataloader"])
+        self._clipper.step(self._scaler, loss=self._losses.take(), epoch=epoch, batch=batch)
 
     def on_log(
         self,
@@ -125,7 +132,12 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Give `max_grad_norm` back: without this callback the Trainer clips as it did."""
+        """Write the rest of a history, and give `max_grad_norm` back: without this callback the Trainer clips again."""
+        if self._losses is not None:
+            self._losses.leave()
+            self._losses = None
+        if self._clipper is not None:
+            self._clipper.close()
         if self._before is not None:
             args.max_grad_norm, self._before = self._before, None
 
@@ -145,9 +157,8 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
             )
             self._before, args.max_grad_norm = args.max_grad_norm, 0.0
 
-    def _come_first(self, args: TrainingArguments) -> None:
+    def _come_first(self, handler: CallbackHandler | None) -> None:
         """Go before the reporters, which the Trainer puts first, so that they are given the metrics."""
-        handler = _calling_handler()
         if handler is None or self not in handler.callbacks:
             _log.warning(
                 "the callbacks of this Trainer are called in a way of its own, so that reporters may not be given the "
@@ -157,6 +168,43 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
 
+    def _listen(self, trainer: Any) -> None:
+        """For a history: the Trainer tells its callbacks no losses."""
+        if self._losses is not None:
+            # A training before this one ended with an error.
+            self._losses.leave()
+            self._losses = None
+        if self._options.get("history") and trainer is not None:
+            self._losses = _Losses(trainer)
+
+
+class _Losses:
+    """The losses since the last step of the optimizer, as a Trainer gets them from its own `training_step`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._ask = trainer, trainer.training_step
+        # Somebody may have given this one Trainer a function of his own.
+        self._before = vars(trainer).get("training_step")
+        self._loss: Tensor | None = None
+        trainer.training_step = self._training_step
+
+    def take(self) -> Tensor | None:
+        """The loss that the gradients are of; accumulated batches are summed, as each is its share already."""
+        loss, self._loss = self._loss, None
+        return loss
+
+    def leave(self) -> None:
+        """Give the Trainer its method back."""
+        if self._before is None:
+            vars(self._trainer).pop("training_step", None)
+        else:
+            self._trainer.training_step = self._before
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self._ask(*args, **kwargs)
+        self._loss = loss if self._loss is None else self._loss + loss
+        return loss
+
 
 # What a clipper is told besides its parameters, method and optimizer.
 _OPTIONS = signature(Clipper).parameters.keys() - {"named_parameters", "method", "optimizer"}
@@ -165,14 +213,30 @@ _CHECKED = {field.name for field in dataclasses.fields(Options) if field.init}
 _IN_TRAINING = {"loss", "train_loss"}
 
 
-def _calling_handler() -> CallbackHandler | None:
-    """The handler that calls: the Trainer hands callbacks everything but itself and their list."""
+def _calling() -> tuple[CallbackHandler | None, Any]:
+    """The handler that calls, and its Trainer, which hands callbacks everything but itself and their list."""
+    handler = None
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
-        if isinstance(caller := frame.f_locals.get("self"), CallbackHandler):
-            return caller
+        caller = frame.f_locals.get("self")
+        if handler is None and isinstance(caller, CallbackHandler):
+            handler = caller
+        elif handler is not None and getattr(caller, "callback_handler", None) is handler:
+            return handler, caller
         frame = frame.f_back
-    return None
+    return handler, None
+
+
+def _place(passed: float | None, loader: Any) -> tuple[int | None, int | None]:
+    """Epoch, and index in it of the first batch of a step, before which so many epochs have passed."""
+    if passed is None:
+        return None, None
+    epoch = int(passed)
+    try:
+        return epoch, round((passed - epoch) * len(loader))
+    except TypeError:
+        # Of a stream nobody knows how long it is.
+        return epoch, None
 
 
 def _saved_in(state: TrainerState, kind: str, name: str) -> Any:

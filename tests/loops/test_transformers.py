@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
+from kit.boring import make_trainer
 from kit.language import Sequences, tiny_gpt2
-from lightning_gradclip import NormClip, QuantileClip, ZClip
+from lightning_gradclip import GradientClipping, History, NormClip, QuantileClip, ZClip
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'lightning-gradclip[transformers]'")
 
@@ -93,6 +96,36 @@ class TestClipping:
         assert logged(ours)[-1]["gradclip/norm_max"] < 100
 
 
+def test_the_weights_are_those_of_lightning(tmp_path: Path) -> None:
+    """On the same batches, 50 steps of each."""
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+            return SequentialSampler(Sequences())
+
+    class Language(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_gpt2()
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            # The Trainer divides by all tokens, the first of each sequence included, which nothing foretells.
+            return self.net(**batch, num_items_in_batch=batch["labels"].numel()).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    method = ZClip(warmup=10, z_threshold=0.5)
+    theirs = trained(
+        tmp_path, GradientClippingCallback(method), kind=InOrder, lr_scheduler_type="constant", save_strategy="no"
+    )
+    ours, clipping = Language(), GradientClipping(method)
+    make_trainer(clipping, max_steps=50).fit(ours, DataLoader(Sequences(), batch_size=4))
+    for one, other in zip(weights(theirs), ours.net.parameters(), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-6, atol=1e-6)
+    assert sum(one["gradclip/clip_rate"] for one in logged(theirs)) > 0
+
+
 class TestLogs:
     def test_reporters_write_the_metrics(self, tmp_path: Path) -> None:
         accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -119,6 +152,18 @@ class TestLogs:
         evaluations = [one for one in trainer.state.log_history if "eval_loss" in one]
         assert len(evaluations) == 10
         assert not any(key.startswith("gradclip") for one in evaluations for key in one)
+
+    def test_a_history_knows_loss_epoch_and_batch(self, tmp_path: Path) -> None:
+        callback = GradientClippingCallback(NormClip(max_norm=0.1), history=tmp_path / "clipping")
+        options = {"logging_steps": 1, "gradient_accumulation_steps": 4, "save_strategy": "no", "max_steps": 40}
+        trainer = trained(tmp_path, callback, **options)
+        history = History(tmp_path / "clipping")
+        # As logged, rounded by nobody.
+        assert history.steps["loss"].tolist() == pytest.approx([one["loss"] for one in logged(trainer)], rel=1e-6)
+        # An epoch has 128 batches, of which a step takes four.
+        assert history.steps["epoch"].tolist() == [0.0] * 32 + [1.0] * 8
+        assert history.steps["batch"].tolist() == [*range(0, 128, 4), *range(0, 32, 4)]
+        assert "training_step" not in vars(trainer)
 
     def test_a_name_of_ones_own(self, tmp_path: Path) -> None:
         callback = GradientClippingCallback(NormClip(max_norm=0.1), name="clip", measure_per="layer")
@@ -223,6 +268,25 @@ class TestOthers:
         assert logged(trainer)[0]["gradclip/norm_clipped"] == pytest.approx(1e-2, rel=1e-3)
         assert "mean_token_accuracy" in logged(trainer)[0]
 
+    def test_preferences_of_trl(self, tmp_path: Path) -> None:
+        trl = pytest.importorskip("trl")
+        datasets = pytest.importorskip("datasets")
+        rows = [{"prompt": "Say it", "chosen": f" well {i}", "rejected": f" ill {i}"} for i in range(64)]
+        args = trl.DPOConfig(
+            str(tmp_path), max_steps=10, logging_steps=5, use_cpu=True, report_to="none", seed=1, bf16=False
+        )
+        trainer = trl.DPOTrainer(
+            ref_model=tiny_gpt2(),
+            model=tiny_gpt2(),
+            args=args,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=_tokenizer(),
+            callbacks=[GradientClippingCallback(NormClip(max_norm=1e-2))],
+        )
+        trainer.train()
+        assert logged(trainer)[0]["gradclip/norm_clipped"] == pytest.approx(1e-2, rel=1e-3)
+        assert "rewards/margins" in logged(trainer)[0]
+
     def test_callbacks_that_come_with_it_go_on(self, tmp_path: Path) -> None:
         class Other(TrainerCallback):
             seen = 0
@@ -237,10 +301,12 @@ class TestOthers:
 
 def _tokenizer() -> Any:
     """Of bytes: nothing is downloaded."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {chr(i): i for i in range(256)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="\x00"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="\x00")), eos_token="\x00", pad_token="\x00"
+        tokenizer_object=words, eos_token="\x00", pad_token="\x00"
     )
