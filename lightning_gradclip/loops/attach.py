@@ -23,7 +23,7 @@ def attach(
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper that holds one as `optimizer`, as those of Fabric and
-            Accelerate do.
+            Accelerate do, or as `opt`, as fastai's does.
         named_parameters: As of `Clipper`: the model, or names and parameters.
         method: How to clip; None measures only.
         options: Those of `Clipper`, but for `optimizer` and `fold`.
@@ -105,9 +105,9 @@ class Attached(Clipper):
 
 
 def _with_hooks(optimizer: object) -> Optimizer:
-    """The optimizer itself, out of the wrappers of Fabric and Accelerate, if its steps call hooks."""
+    """The optimizer itself, out of the wrappers of Fabric, Accelerate and fastai, if its steps call hooks."""
     inner = optimizer
-    while isinstance(held := getattr(inner, "optimizer", None), Optimizer):
+    while isinstance(held := getattr(inner, "optimizer", getattr(inner, "opt", None)), Optimizer):
         inner = held
     if not isinstance(inner, Optimizer):
         raise TypeError(
