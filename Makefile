@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep bench study study-full test test-fast mutants test-packaging lint types check format dist clean
+.PHONY: help demo sweep bench study study-full test test-fast test-loops mutants test-packaging lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,10 @@ test-packaging: $(VENV)/.ready-dev  ## build, install into fresh environments, r
 	@echo "==> Building and installing the distributions, on Hydra 1.3 and 1.4"
 	$(BIN)/python -m pytest -m packaging
 
+test-loops: $(VENV)/.ready-loops  ## train in the loops of Transformers, Stable-Baselines3 and others (two minutes)
+	@echo "==> Training in loops that others wrote"
+	$(VENV)/loops/bin/python -m pytest tests/loops --numprocesses auto --dist worksteal
+
 lint: $(VENV)/.ready-dev  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,7 +66,7 @@ lint: $(VENV)/.ready-dev  ## check style and format
 types: $(VENV)/.ready-dev  ## check types of the package, strictly
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test-packaging  ## everything that a pull request must pass, the tests at the end (twelve minutes)
+check: lint types test-packaging test-loops  ## everything a pull request must pass, the tests at the end (15 minutes)
 	@$(MAKE) test
 
 format: $(VENV)/.ready-dev  ## rewrite the files in the project's format
@@ -92,6 +96,14 @@ $(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) tests/peers.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "==> Installing the development tools"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+# An environment over the other one, so that the other tests run as where none of these libraries is installed.
+$(VENV)/.ready-loops: $(VENV)/.ready tests/loops.txt
+	@echo "==> Installing the libraries whose loops are tried"
+	$(BIN)/python -m venv --clear $(VENV)/loops
+	$(VENV)/loops/bin/python -c 'import sys, sysconfig as s; below = sys.argv[1]; print(f"import site; site.addsitedir({below!r})", file=open(s.get_path("purelib") + "/below.pth", "w"))' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(VENV)/loops/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/loops.txt
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready

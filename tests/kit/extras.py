@@ -17,6 +17,12 @@ def require(*packages: str, extra: str = "test") -> None:
         pytest.skip(_remedy(missing, extra))
 
 
+def require_loops(*packages: str) -> None:
+    """As `require`, of libraries whose loops are tried, which are installed apart."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed: make test-loops")
+
+
 def _remedy(missing: list[str], extra: str) -> str:
     return f"{' and '.join(missing)} not installed: pip install '.[{extra}]'"
 

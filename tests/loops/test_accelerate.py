@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gradclip import NormClip, ZClip
 
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'lightning-gradclip[accelerate]'")
+pytest.importorskip("accelerate", reason="accelerate not installed: make test-loops")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState

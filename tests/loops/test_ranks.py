@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from kit.extras import require_loops
 from kit.language import Sequences, tiny_gpt2
 from kit.workers import run_fresh
 from lightning_gradclip import ZClip
 
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'lightning-gradclip[accelerate]'")
+pytest.importorskip("accelerate", reason="accelerate not installed: make test-loops")
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
@@ -22,6 +23,13 @@ from accelerate.utils import DistributedType
 from lightning_gradclip.accelerate import accelerated
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(autouse=True)
+def _apart() -> None:
+    """Processes that are forked begin without what accelerators of this one share."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 _PLUGINS: dict[int, dict[str, Any]] = {
     1: {"auto_wrap_policy": "NO_WRAP", "use_orig_params": True, "sync_module_states": False},
@@ -96,7 +104,7 @@ def test_shards_of_accelerate_are_clipped_as_one_process_clips(version: int, tmp
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_a_trainer_in_two_processes_trains_as_in_one(way: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'lightning-gradclip[transformers]'")
+    require_loops("transformers")
     (expected, weights) = run_fresh(lambda rank: trained(tmp_path / "one", "alone"), world=1)[0]
     for metrics, found in run_fresh(lambda rank: trained(tmp_path / "two", way)):
         assert len(metrics) == len(expected) == 4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kit import peers
-from kit.extras import require
+from kit.extras import require_loops
 from lightning_gradclip import GradientClipping, NormClip, attach
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -43,7 +43,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-
 class TestStableBaselines:
     @pytest.mark.parametrize(("kind", "options"), [("PPO", {"batch_size": 32}), ("A2C", {})])
     def test_a_policy_is_trained_as_by_its_own_clipping(self, kind: str, options: dict[str, int]) -> None:
-        require("stable_baselines3", extra="examples")
+        require_loops("stable_baselines3")
         algorithms = __import__("stable_baselines3")
 
         def trained(max_grad_norm: float) -> tuple[list[Tensor], Any]:
@@ -61,7 +61,7 @@ class TestStableBaselines:
 
 
 def test_a_fit_of_skorch() -> None:
-    require("skorch", "tabulate", extra="examples")
+    require_loops("skorch", "tabulate")
     from skorch import NeuralNetRegressor
     from skorch.callbacks import Callback, GradientNormClipping
 
@@ -81,7 +81,7 @@ def test_a_fit_of_skorch() -> None:
 
 
 def test_a_learner_of_fastai() -> None:
-    require("fastai", extra="examples")
+    require_loops("fastai")
     from fastai.callback.core import Callback
     from fastai.callback.training import GradientClip
     from fastai.data.core import DataLoaders
@@ -129,7 +129,7 @@ def test_an_optimizer_of_timm_in_the_steps_of_its_scaler() -> None:
 
 
 def test_pretraining_by_litgpt(tmp_path: Path) -> None:
-    require("litgpt", extra="examples")
+    require_loops("litgpt")
     from lightning.fabric import Fabric
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.config import Config
@@ -162,7 +162,7 @@ def test_pretraining_by_litgpt(tmp_path: Path) -> None:
 
 
 def test_the_optimizers_of_torchtitan() -> None:
-    require("torchtitan", "spmd_types", "tyro", extra="examples")
+    require_loops("torchtitan", "spmd_types", "tyro")
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
     def trained(before_step: Callable[[nn.Module], object] | None) -> list[Tensor]:
@@ -188,7 +188,7 @@ class TestForecasts:
     """Both train by a Trainer of Lightning, which takes the callback."""
 
     def test_a_model_of_darts_is_trained_saved_and_loaded(self, tmp_path: Path) -> None:
-        require("darts", "holidays", "xarray", "statsmodels", extra="examples")
+        require_loops("darts", "holidays", "xarray", "statsmodels")
         from darts import TimeSeries
         from darts.models import RNNModel
 
@@ -218,7 +218,7 @@ class TestForecasts:
         assert again.predict(3) == ours.predict(3)
 
     def test_a_transformer_of_pytorch_forecasting(self) -> None:
-        require("pytorch_forecasting", "skbase", extra="examples")
+        require_loops("pytorch_forecasting", "skbase")
         pandas = pytest.importorskip("pandas")
         from lightning.pytorch import Trainer, seed_everything
         from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet

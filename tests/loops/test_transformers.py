@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from kit.boring import make_trainer
+from kit.extras import require_loops
 from kit.language import Sequences, tiny_gpt2
 from lightning_gradclip import GradientClipping, History, NormClip, QuantileClip, ZClip
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'lightning-gradclip[transformers]'")
+pytest.importorskip("transformers", reason="transformers not installed: make test-loops")
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -228,7 +229,9 @@ class TestRefusals:
 
 class TestOthers:
     def test_adapters_of_peft(self, tmp_path: Path) -> None:
-        peft = pytest.importorskip("peft")
+        require_loops("peft")
+        import peft
+
         model = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True))
         args = TrainingArguments(str(tmp_path), max_steps=10, logging_steps=5, use_cpu=True, report_to="none", seed=1)
         trainer = Trainer(
@@ -244,8 +247,10 @@ class TestOthers:
         assert len(scopes) == 4
 
     def test_trl_takes_it(self, tmp_path: Path) -> None:
-        trl = pytest.importorskip("trl")
-        datasets = pytest.importorskip("datasets")
+        require_loops("trl", "datasets")
+        import datasets
+        import trl
+
         rows = datasets.Dataset.from_list([{"input_ids": one["input_ids"].tolist()} for one in Sequences(64)])
         args = trl.SFTConfig(
             str(tmp_path),
@@ -269,8 +274,10 @@ class TestOthers:
         assert "mean_token_accuracy" in logged(trainer)[0]
 
     def test_preferences_of_trl(self, tmp_path: Path) -> None:
-        trl = pytest.importorskip("trl")
-        datasets = pytest.importorskip("datasets")
+        require_loops("trl", "datasets")
+        import datasets
+        import trl
+
         rows = [{"prompt": "Say it", "chosen": f" well {i}", "rejected": f" ill {i}"} for i in range(64)]
         args = trl.DPOConfig(
             str(tmp_path), max_steps=10, logging_steps=5, use_cpu=True, report_to="none", seed=1, bf16=False
@@ -307,6 +314,4 @@ def _tokenizer() -> Any:
     vocabulary = {chr(i): i for i in range(256)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="\x00"))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="\x00", pad_token="\x00"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="\x00", pad_token="\x00")
