@@ -342,3 +342,18 @@ def test_hydra_1_4_asks_the_metadata(installed: Environment) -> None:
     else:
         assert installed.application.composed(*line)["callbacks"]["gradclip"]["method"]["max_norm"] == 1
     aside.rename(scanned)
+
+
+@pytest.mark.packaging
+def test_the_recipe_for_ray_beside_ray(tmp_path: Path) -> None:
+    """Which is large, so that it is installed for this test alone, beside what the others use."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    execute(*command, "ray>=2.60", "msgpack", "pyarrow", cwd=tmp_path)
+    where = execute(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    (Path(where) / "beside.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    options = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    assert "2 passed" in execute(
+        python, "-m", "pytest", *options, ROOT / "tests" / "ranks" / "test_ray.py", cwd=tmp_path
+    )
