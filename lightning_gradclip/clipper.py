@@ -221,13 +221,14 @@ class Clipper(Recorded):
                     return self._without_gradients(
                         scaler, at=at, detailed=detailed, loss=loss, batch=batch, epoch=epoch
                     )
-                if self._watch is not None and self._watch.look(self._selection.names, gradients):
-                    self._watch = None
             elif self._reducer.in_doubt and self._reducer.prove(gradients):
                 self._limiter.serve(self._selection, self._reducer)
             outcome = self._limiter.judge(gradients, self._steps, scale, on_host=on_host, detailed=detailed)
             if outcome.nothing:
                 return StepStats.of_nothing(self._limiter.scopes)
+            if self._watch is not None:
+                joint = None if self._reducer is None else outcome.norm
+                self._watch = self._watch.look(self._selection.names, gradients, joint)
             if looks and self._stalls is not None:
                 self._stalls.look(gradients, scale, outcome.row)
             if scaler is not None and self._reducer is not None and self._writes and self._optimizer is not None:
@@ -325,7 +326,7 @@ class Clipper(Recorded):
         self._actor.serve(selection)
         self._reducer = reduce.reducer_for(selection, self._settings, self._apart, self._names.unmatched)
         self._limiter.serve(selection, self._reducer)
-        if self._reducer is not None:
+        if self._apart is not None or (self._reducer is not None and self._reducer.has_met_all):
             self._watch = None
         if self._stalls is not None:
             self._stalls.serve(selection, self._reducer)

@@ -1,5 +1,6 @@
 """Who meets and how: the only file that talks to other ranks."""
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_gradclip.select import layout
+
+# Seconds between two looks for what another rank is about to say.
+_PAUSE = 0.002
 
 
 class Meeting:
@@ -103,14 +107,37 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def last_to_leave(key: str, note: str) -> list[str] | None:
-    """The notes of all ranks for whoever leaves the last one under this key, None for the others: nobody waits."""
-    # Where the run keeps what its ranks met by; there is no public way to it.
-    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-    store.set(f"{key}/{dist.get_rank()}", note)
-    if store.add(f"{key}/left", 1) != dist.get_world_size():
-        return None
-    return [store.get(f"{key}/{rank}").decode() for rank in range(dist.get_world_size())]
+class Board:
+    """Where ranks leave notes for whoever comes last, who tells the others what they come to: no collective.
+
+    Args:
+        key: Its name, the same on all ranks.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        # Where the run keeps what its ranks met by; there is no public way to it.
+        self._store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+    def leave(self, note: str) -> list[str] | None:
+        """The notes of all ranks for whoever leaves the last one, None for the others."""
+        self._store.set(f"{self._key}/{dist.get_rank()}", note)
+        if self._store.add(f"{self._key}/left", 1) != dist.get_world_size():
+            return None
+        return [self._store.get(f"{self._key}/{rank}").decode() for rank in range(dist.get_world_size())]
+
+    def conclude(self, said: str) -> None:
+        """Tell all ranks."""
+        self._store.set(f"{self._key}/said", said)
+
+    def conclusion(self, patience: float) -> str | None:
+        """What all ranks are told; None if nothing is there after so many seconds."""
+        end = time.monotonic() + patience
+        while not self._store.check([f"{self._key}/said"]):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(_PAUSE)
+        return self._store.get(f"{self._key}/said").decode()
 
 
 def settled(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gradclip.gradients import ranks
+from lightning_gradclip.gradients import ranks, watch
 from lightning_gradclip.gradients.norms import Tensors, home, integers_on
 from lightning_gradclip.gradients.ranks import Meeting
 from lightning_gradclip.gradients.read import fingerprints
@@ -88,6 +88,11 @@ class Reducer:
         if first != self._first:
             self._first, self._home = first, home(self._selection.params)
         return self._home
+
+    @property
+    def has_met_all(self) -> bool:
+        """Whether the norms are of all ranks of the run."""
+        return len(self._meeting.ranks) == ranks.count()
 
     def here(self, of_all: Sequence[int]) -> Sequence[int]:
         """Of numbers for the parameters of all ranks, those for the ones that this rank serves."""
@@ -248,11 +253,13 @@ def reducer_for(
         return None if reached is None else Reducer(selection, Meeting(reached), settings)
     whole = next((name for name, one in zip(selection.names, selection.layouts, strict=True) if not one.piece), None)
     if whole is not None:
-        raise RuntimeError(
-            f"parameter {whole!r} is whole on {holders.named([ranks.this_rank()])}, and others beside it are cut among "
-            f"{holders.named(sorted(reached))} only, which know nothing of this rank: it would be clipped by another "
-            f"norm here than there. Put it on a mesh of all ranks, or name them: Clipper(..., process_group=...)"
+        inside, aside = (holders.named(sorted(some)) for some in (reached, {*range(ranks.count())} - reached))
+        said = (
+            f"parameter {whole!r} is whole on {aside}, and others beside it are cut among {inside} only: it would be clipped by another norm on {aside} than there. Put it on a mesh of all ranks, or name "
+            "them: Clipper(..., process_group=...)"
         )
+        watch.refuse(said)
+        raise RuntimeError(said)
     return None
 
 

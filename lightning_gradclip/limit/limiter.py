@@ -40,6 +40,11 @@ class Outcome:
         """Whether all gradients are finite, 1 or 0, where the row is."""
         return self.row.finite if isinstance(self.row, Row) else self.row[Row._fields.index("finite")]
 
+    @property
+    def norm(self) -> float | Tensor:
+        """The norm of all gradients, where the row is."""
+        return self.row.norm if isinstance(self.row, Row) else self.row[Row._fields.index("norm")]
+
     def excess(self, scopes: Scopes | Units) -> str:
         """What is furthest over its limit, in words; only of a row on the host."""
         if isinstance(self.change, Clamp):

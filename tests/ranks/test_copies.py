@@ -50,6 +50,27 @@ class TestStagesWithoutAGroup:
         assert "process_group=mesh['pp']" in answers[0][0]
         assert answers[0][1]
 
+    def test_each_sharded_on_ranks_of_its_own_are_said(self) -> None:
+        def work(rank: int) -> Any:
+            mesh(4)
+            own = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])][rank // 2]
+            said = []
+            for seed in (rank // 2, 0):
+                # Of copies that somebody averages there is nothing to say.
+                clipper = Clipper([("w", parameter(random(4, 3), random(4, 3, seed=seed), own, ROWS))], NormClip())
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    norms = [clipper.step().norm.item() for _ in range(2)]
+                said.append([str(one.message) for one in caught])
+                dist.barrier()
+            return said, norms
+
+        answers = workers.run(work, world=4)
+        (message,) = [one for (first, _), _ in answers for one in first]
+        assert message.startswith(f"ranks clip by norms of their own, {random(4, 3).norm():.4g} on rank 0 and ")
+        assert "process_group=mesh['pp']" in message
+        assert [second for (_, second), _ in answers] == [[]] * 4
+
     def test_other_names_or_shapes_are_refused_with_the_same_sentence(self) -> None:
         def work(rank: int) -> list[str]:
             there = mesh(2)
@@ -147,18 +168,36 @@ class TestSettings:
             assert "on rank 1" in said
         assert "max_norm: 1.0 on rank 0, 2.0 on rank 1" in first[0]
 
-    def test_ranks_that_exchange_nothing_are_told_by_the_last(self) -> None:
-        def work(rank: int) -> list[str]:
+    def test_ranks_that_exchange_nothing_are_all_told(self) -> None:
+        """In the first step, without a collective; and later where one of them is late."""
+
+        def work(rank: int, late: bool) -> Any:
             mesh(2)
             clipper = Clipper([("a", parameter(random(3), random(3)))], NormClip(max_norm=1.0 + rank))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                clipper.step()
-            dist.barrier()
-            return [str(one.message) for one in caught]
+            said: list[list[str]] = []
+            counts = []
+            for step in range(3):
+                if late and rank == 1 and step == 0:
+                    dist.barrier()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    counts.append(communicated(clipper)[1])
+                said.append([str(one.message) for one in caught])
+                if late and rank == 0 and step == 0:
+                    dist.barrier()
+                    dist.barrier()
+                elif late and rank == 1 and step == 0:
+                    dist.barrier()
+            return said, counts
 
-        (said,) = [one for of_rank in workers.run(work) for one in of_rank]
-        assert said.startswith("ranks clip by different settings, max_norm: 1.0 on rank 0, 2.0 on rank 1")
+        for late in (False, True):
+            answers = workers.run(work, late)
+            told = [[len(one) for one in said] for said, _ in answers]
+            assert told == [[0, 1, 0] if late else [1, 0, 0], [1, 0, 0]]
+            messages = {one for said, _ in answers for of_step in said for one in of_step}
+            assert len(messages) == 1
+            assert messages.pop().startswith("ranks clip by different settings, max_norm: 1.0 on rank 0, 2.0 on rank 1")
+            assert [counts for _, counts in answers] == [[{}] * 3] * 2
 
 
 class TestPartOfTheRun:
@@ -178,7 +217,7 @@ class TestPartOfTheRun:
                 Clipper(pairs, method).step()
                 found.append([whole(pairs[1][1].grad), whole(pairs[0][1].grad) if rank < 2 else None])
             pairs[1] = ("c", parameter(weights["c"], given["c"]))
-            said = told(lambda: Clipper(pairs, NormClip(max_norm=0.1)).step()) if rank > 1 else ""
+            said = told(lambda: Clipper(pairs, NormClip(max_norm=0.1)).step())
             named = Clipper(pairs, NormClip(max_norm=0.1), process_group=everyone).step().norm.item()
             return found, said, named
 
@@ -192,9 +231,10 @@ class TestPartOfTheRun:
                     torch.testing.assert_close(found[i][1], dense[0][1].grad, rtol=1e-6, atol=0.0)
         for _, said, norm in answers:
             assert norm == pytest.approx(torch.cat([*map(torch.flatten, (dense[0][1].grad, given["c"]))]).norm().item())
-            if said:
-                assert said.startswith("parameter 'c' is whole on rank")
-        assert [bool(said) for _, said, _ in answers] == [False, False, True, True]
+            assert said.startswith(
+                "parameter 'c' is whole on ranks 2, 3, and others beside it are cut among ranks 0, 1"
+            )
+            assert said == answers[0][1]
 
     def test_groups_are_made_once_and_end_with_the_run(self) -> None:
         def work(rank: int) -> Any:

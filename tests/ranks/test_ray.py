@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.processes]
 CPU_FSDP = """
 import torch
 from ray.train.lightning import RayFSDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 class CpuFSDP(RayFSDPStrategy):
     def _setup_model(self, model):
-        self.kwargs["device_id"] = torch.device("cpu")
-        return super()._setup_model(model)
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 """
 
