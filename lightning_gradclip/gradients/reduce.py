@@ -255,8 +255,9 @@ def reducer_for(
     if whole is not None:
         inside, aside = (holders.named(sorted(some)) for some in (reached, {*range(ranks.count())} - reached))
         said = (
-            f"parameter {whole!r} is whole on {aside}, and others beside it are cut among {inside} only: it would be clipped by another norm on {aside} than there. Put it on a mesh of all ranks, or name "
-            "them: Clipper(..., process_group=...)"
+            f"parameter {whole!r} is whole on {aside}, and others beside it are cut among {inside} only: it would be "
+            f"clipped by another norm on {aside} than there. Put it on a mesh of all ranks, or name them: "
+            "Clipper(..., process_group=...)"
         )
         watch.refuse(said)
         raise RuntimeError(said)
