@@ -14,17 +14,21 @@ from typing import Any
 
 import pytest
 
+from kit.extras import needs_tensorboard
 from lightning_gradclip import History
 
 pytestmark = [pytest.mark.distributed, pytest.mark.processes]
 
 PROGRAM = """
+import copy
 import json
+import pickle
 import sys
 import warnings
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradclip import EmaClip, GradientClipping
@@ -51,19 +55,23 @@ class Regression(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def train(devices, nodes):
+def train(devices, nodes, strategy="ddp"):
     warnings.filterwarnings("ignore")
-    callback = GradientClipping(EmaClip(warmup_max_norm=0.05), history="history")
-    run = {"devices": devices, "num_nodes": nodes, "strategy": "auto" if devices * nodes == 1 else "ddp"}
-    run |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    spawns = strategy == "ddp_spawn"
+    more = {"measure_per": "layer", "histograms": True, "log_every_n_steps": 2} if spawns else {}
+    callback = GradientClipping(EmaClip(warmup_max_norm=0.05), history="history", **more)
+    run = {"devices": devices, "num_nodes": nodes, "strategy": "auto" if devices * nodes == 1 else strategy}
+    run |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    run |= {"logger": TensorBoardLogger(".") if spawns else False}
     model = Regression()
     trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], use_distributed_sampler=False, **run)
     trainer.fit(model)
+    assert copy.deepcopy(callback).method == pickle.loads(pickle.dumps(callback)).method == callback.method
     return trainer.world_size, trainer.global_rank, torch.cat([one.flatten() for one in model.parameters()]).tolist()
 
 
 if __name__ == "__main__":
-    world, rank, weights = train(*map(int, sys.argv[1:]))
+    world, rank, weights = train(*map(int, sys.argv[1:3]), *sys.argv[3:])
     with open(f"rank{rank}.json", "w") as file:
         json.dump([world, weights], file)
 """
@@ -75,12 +83,10 @@ def environment() -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def written(folder: Path, world: int) -> list[Any]:
-    """What each rank has, and the norms and limits of the one history that they have written."""
-    folder.mkdir(exist_ok=True)
-    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
-    assert [size for size, _ in found] == [world] * world
-    assert [weights for _, weights in found] == [found[0][1]] * world
+def written(folder: Path, world: int, of: int | None = None) -> list[Any]:
+    """What each rank has, or so many of them, and what stands in the one history that they have written."""
+    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(of or world)]
+    assert found == [[world, found[0][1]]] * (of or world)
     steps = History(folder / "history").steps
     return [found[0][1], steps["norm"].tolist(), steps["norm_clipped"].tolist()]
 
@@ -140,3 +146,16 @@ def test_a_job_of_submitit(tmp_path: Path, alone: list[Any], monkeypatch: pytest
     )
     job.result()
     same(written(tmp_path, 2), alone)
+
+
+@needs_tensorboard
+def test_processes_that_are_spawned(tmp_path: Path, alone: list[Any]) -> None:
+    """To which the callback travels, with a history, histograms and norms of layers; it can be copied afterwards."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", "2", "1", "ddp_spawn"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    same(written(tmp_path, 2, of=1), alone)
+    names, norms = History(tmp_path / "history").scope_norms()
+    assert (names, norms[:, 0].tolist()) == (("layer",), pytest.approx(alone[1], rel=1e-6))
+    assert list(tmp_path.rglob("events.out.tfevents*"))

@@ -35,13 +35,19 @@ class Regression(pl.LightningModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.randn(12, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
 
+class Asking(pl.Callback):
+    told = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.told.append(float(trainer.callback_metrics["gradclip/norm"]))
+
 def fit(**options):
     clipping = GradientClipping(NormClip(max_norm=1.0), measure_per="layer")
     when = {"monitor": "gradclip/norm", "save_on_train_epoch_end": True}
     saving = pl.callbacks.ModelCheckpoint("saved", filename="one", **when)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet, **options}
-    trainer = pl.Trainer(callbacks=[clipping, no_clipping(), saving], log_every_n_steps=1, **options)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, **quiet, **options}
+    trainer = pl.Trainer(callbacks=[clipping, no_clipping(), saving, Asking()], **options)
     trainer.fit(Regression())
     return trainer
 """
@@ -51,6 +57,10 @@ metrics = trainer.callback_metrics
 assert abs(metrics["gradclip/norm_clipped"] - 1) < 1e-5 < metrics["gradclip/norm"] - 1, metrics
 saved = torch.load("saved/one.ckpt", weights_only=True)["callbacks"]["GradientClipping{'name': 'gradclip'}"]
 assert saved["clippers"][0]["step"] == 3, saved
+Asking.told.clear()
+fit(logger=pl.loggers.CSVLogger("seldom"), log_every_n_steps=50)
+# Of a window that has not been logged yet.
+assert len(set(Asking.told)) == 3, Asking.told
 assert "lightning" not in sys.modules, "both packages were imported"
 print("trained")
 """
