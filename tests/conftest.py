@@ -1,12 +1,14 @@
 """What holds for all tests, and what `--fast` leaves out."""
 
 import gc
-import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from kit.tiers import first_of_each_kind, summed
 
 # They assert in the name of several test files; a failure shows the values there too.
 pytest.register_assert_rewrite("kit.application", "kit.command_lines")
@@ -18,15 +20,27 @@ _STARTED = {"subprocess.Popen", "os.fork", "os.posix_spawn"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="one configuration of each method, and no processes")
+    parser.addoption("--products", action="store_true", help="all cases of tests that multiply what they are given")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A sum in place of the product: of each test the cases that show something which none before has shown."""
+    """Leave out cases that others of the same test stand for."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not (config.getoption("fast") and _starts_processes(item)):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    kept = {one for cases in tests.values() for one in _asked(cases, config)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _asked(items: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:
+    cases = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
     if config.getoption("fast"):
-        shown: set[Any] = set()
-        left_out = [item for item in items if _starts_processes(item) or not _shows_more(item, shown)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in {*left_out}]
+        return [items[place] for place in first_of_each_kind(cases)]
+    if items[0].get_closest_marker("product") and not config.getoption("products"):
+        return [items[place] for place in summed(cases)]
+    return items
 
 
 def pytest_collection_finish() -> None:
@@ -60,22 +74,3 @@ sys.addaudithook(_watch)
 def _starts_processes(item: pytest.Item) -> bool:
     marked = any(item.get_closest_marker(name) for name in ("distributed", "processes"))
     return marked or not _IN_PROCESSES.isdisjoint(item.path.parts)
-
-
-def _shows_more(item: pytest.Item, shown: set[Any]) -> bool:
-    test = item.nodeid.partition("[")[0]
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    fresh = {(test, name, _kind(value)) for name, value in given.items()} or {test}
-    fresh -= shown
-    shown |= fresh
-    return bool(fresh)
-
-
-def _kind(value: Any) -> Any:
-    """What makes a value of an argument another one; of a method one configuration is enough."""
-    from lightning_gradclip import ClipMethod
-
-    cls = value if inspect.isclass(value) else type(value)
-    if issubclass(cls, ClipMethod):
-        return cls
-    return (cls, value) if isinstance(value, (str, int, float)) else id(value)

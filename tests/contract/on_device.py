@@ -193,6 +193,7 @@ class TestFakeDevice:
 HALVES = [tuple(list(SHAPES)[0::2]), tuple(list(SHAPES)[1::2])]
 
 
+@pytest.mark.product
 @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
 class TestTwoDevices:
     """Parameters on the CPU beside others on a device, in both orders: the first one does not stand for all."""
@@ -293,6 +294,7 @@ def test_a_scale_on_the_device_divides_norms_on_the_cpu(device: Device) -> None:
     assert stats.measured.tolist() == pytest.approx([math.sqrt(3)], rel=1e-6)
 
 
+@pytest.mark.product
 @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
 class TestWaiting:
     @every_case
@@ -366,6 +368,7 @@ class TestWaiting:
         assert model.clipper.metrics() == pytest.approx(other.clipper.metrics(), rel=1e-6)
 
 
+@pytest.mark.product
 @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
 class TestResults:
     @pytest.mark.parametrize(("cls", "per", "action"), WITH_ACTIONS)

@@ -17,8 +17,11 @@ FILE = Path(__file__).with_name("on_device.py")
 
 
 @pytest.mark.processes
+@pytest.mark.product
 @pytest.mark.skipif(not AVAILABLE, reason="this torch cannot register a device that is written in Python")
-def test_on_a_fake_accelerator() -> None:
+def test_on_a_fake_accelerator(request: pytest.FixtureRequest) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(FILE)]
+    if request.config.getoption("products"):
+        command.append("--products")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
