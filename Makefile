@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep bench study study-full test test-fast test-loops mutants test-packaging lint types check format dist clean
+.PHONY: help demo sweep bench study study-full test test-fast test-loops mutants test-packaging test-products lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,10 @@ test-packaging: $(VENV)/.ready-dev  ## build, install into fresh environments, r
 test-loops: $(VENV)/.ready-loops  ## train in the loops of Transformers, Stable-Baselines3 and others (two minutes)
 	@echo "==> Training in loops that others wrote"
 	$(VENV)/loops/bin/python -m pytest tests/loops --numprocesses auto --dist worksteal
+
+test-products: $(VENV)/.ready-dev  ## run every case of the tests of which `make test` takes a sum
+	@echo "==> Running the products"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --products -m product
 
 lint: $(VENV)/.ready-dev  ## check style and format
 	$(BIN)/ruff check .

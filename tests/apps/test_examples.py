@@ -1,7 +1,6 @@
 """The parts of examples/train.py: the network without normalization, the digits, the sample of text, the verdict."""
 
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from kit import scripts
 from kit.boring import equal, make_trainer, weights
 from kit.histories import record
 from kit.root import ROOT
@@ -219,8 +219,7 @@ def test_verdict(losses: list[float], loss: float, verdict: bool) -> None:
 
 def test_experiment_runs(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "train.py")
-    program = [sys.executable, script, "experiment=nfnet_digits", "trainer.max_steps=2"]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = scripts.run([script, "experiment=nfnet_digits", "trainer.max_steps=2"], tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("NFNet(", "AGC(clip_factor=0.01", "1,438 images", "validation accuracy", "validation loss"):
         assert words in done.stdout

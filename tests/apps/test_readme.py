@@ -1,14 +1,12 @@
 """The commands and programs of README.md and CONTRIBUTING.md do what they say."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from kit import scripts
 from kit.application import Application
 from kit.extras import needs, require
 from kit.guides import README, blocks, commands
@@ -18,11 +16,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding=
 
 
 def run(arguments: list[str], folder: Path) -> str:
-    # Small models: on a busy machine, threads that wait for each other take many times as long.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=env
-    )
+    done = scripts.run(arguments, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

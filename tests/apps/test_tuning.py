@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from kit import scripts
 from kit.guides import README, commands
 from kit.root import ROOT
 
@@ -28,13 +29,7 @@ SWEEPS = [command for command in commands("python examples/train.py") if " -m " 
 
 def run(folder: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:
     _, script, *arguments = shlex.split(command)
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments, *more],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return scripts.run([str(ROOT / script), *arguments, *more], folder)
 
 
 def table(folder: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:

@@ -13,12 +13,13 @@ import gc
 import multiprocessing
 import os
 import queue
+import shutil
 import socket
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,13 +64,19 @@ def run(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: 
 def run_fresh(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
     """As `run`, in processes of its own that are in no group yet and see what this one has; results are pickled."""
     answers = _context.Queue()
-    port = _free_port()
     deadline = time.monotonic() + timeout
-    workers = _started(world, lambda rank: _work_once(rank, world, port, timeout, answers, function, arguments))
-    try:
-        return _collect(answers, workers, deadline)
-    finally:
-        _end(workers)
+    with _port_of_ours() as port:
+        workers = _started(world, lambda rank: _work_once(rank, world, port, timeout, answers, function, arguments))
+        try:
+            return _collect(answers, workers, deadline)
+        finally:
+            _end(workers)
+
+
+def leave() -> None:
+    """End the processes that are kept, and delete where they met."""
+    while _kept:
+        _kept.popitem()[1].end()
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +127,8 @@ class _Kept:
     def __init__(self, world: int) -> None:
         self._answers = _context.Queue()
         self._tasks = [_context.Queue() for _ in range(world)]
-        meeting = str(Path(tempfile.mkdtemp(prefix="ranks-")) / "meeting")
+        self._folder = tempfile.mkdtemp(prefix="ranks-")
+        meeting = str(Path(self._folder) / "meeting")
         self._workers = _started(world, lambda rank: _serve(rank, world, meeting, self._tasks[rank], self._answers))
 
     def do(self, task: _Task) -> list[Any]:
@@ -131,10 +139,14 @@ class _Kept:
             return _collect(self._answers, self._workers, deadline)
         except BaseException:
             # Whoever is left waits for the others in some collective.
-            for worker in self._workers:
-                worker.kill()
-            _end(self._workers)
+            self.end()
             raise
+
+    def end(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        _end(self._workers)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 _context = multiprocessing.get_context("fork")
@@ -273,7 +285,11 @@ def _become(rank: int, world: int, **more: str) -> None:
     torch.set_num_threads(1)
 
 
-def _free_port() -> int:
+@contextlib.contextmanager
+def _port_of_ours() -> Iterator[int]:
+    """A port on which a rank may listen, and which the system gives to nobody else meanwhile."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+        # Set only now: nobody was bound to it then, and whoever asks for this very port may be, as a listener does.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield one.getsockname()[1]

@@ -1,6 +1,7 @@
 """The workers that other tests stand on: one group that is kept, new ones, and failures that are told."""
 
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -97,3 +98,24 @@ def test_a_worker_that_hangs_fails_the_test(run: Run) -> None:
     with pytest.raises(workers.WorkerError, match=r"no answer in time from ranks \[1\]"):
         run(lambda rank: time.sleep(30.0 * rank), timeout=0.5)
     assert time.monotonic() - start < 20.0
+
+
+def test_nothing_is_left_of_them_in_the_end() -> None:
+    first = workers.run(lambda rank: os.getpid())
+    folder = Path(workers._kept[2]._folder)
+    assert folder.is_dir()
+    workers.leave()
+    assert not folder.exists()
+    assert not {*workers.run(lambda rank: os.getpid())} & {*first}
+    for process in first:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_a_port_is_given_to_nobody_else_while_a_rank_may_listen_there() -> None:
+    with workers._port_of_ours() as port, socket.socket() as other, socket.socket() as rank:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        rank.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rank.bind(("127.0.0.1", port))
+        rank.listen()
