@@ -96,8 +96,12 @@ def _forget_the_test() -> None:
     """What pytest has set for its own process, and modules of other programs, which may have the same names."""
     import torch
 
+    # What Python itself begins with, and where it writes them.
     warnings.resetwarnings()
-    warnings.simplefilter("default")
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
+    warnings.showwarning = _on_stderr
     logging.root.handlers.clear()
     # Threads do not come along with a fork; of small models they would only wait for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -106,3 +110,7 @@ def _forget_the_test() -> None:
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(tuple(programs)):
             del sys.modules[name]
+
+
+def _on_stderr(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
