@@ -44,8 +44,10 @@ def test_it_runs_where_it_is_told_beside_its_own_modules(tmp_path: Path) -> None
 
 def test_a_program_that_hangs_ends_with_what_it_has_started(tmp_path: Path) -> None:
     program = (
-        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True); time.sleep(60)"
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
     )
     with pytest.raises(TimeoutError, match=r"took more than 1.5 s: \d+") as error:
         scripts.run(["-c", program], tmp_path, timeout=1.5)

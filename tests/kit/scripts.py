@@ -25,8 +25,9 @@ def run(arguments: Sequence[str], folder: Path, *, timeout: float = 300.0) -> "C
     Raises:
         TimeoutError: After `timeout` seconds, with what was printed until then.
     """
-    import hydra.core.hydra_config
-    import lightning.pytorch  # noqa: F401 - for all programs at once
+    # Once for all programs.
+    import hydra  # noqa: F401
+    import lightning.pytorch  # noqa: F401
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Which cases of a test run when: a sum in place of a product, and one configuration of each method in the fast tier."""
+"""Which cases of a test run when: a sum in place of a product, and in the fast tier each method once."""
 
 import inspect
 from collections import Counter, defaultdict
