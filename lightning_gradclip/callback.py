@@ -68,6 +68,8 @@ class GradientClipping(KnownArguments, Callback):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
+            place of torch's. Also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
         relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
             steps, counters, metrics and histories go on all the same.
 
@@ -102,6 +104,7 @@ class GradientClipping(KnownArguments, Callback):
         process_group: Any = None,
         old_names: bool = False,
         scale_free: str = "warn",
+        triton: bool = False,
         relearn: bool = False,
     ) -> None:
         self._options = Options(
@@ -115,6 +118,7 @@ class GradientClipping(KnownArguments, Callback):
             fold=fold,
             process_group=process_group,
             scale_free=scale_free,
+            triton=triton,
         )
         if not isinstance(process_group, str):
             ranks.members(process_group)

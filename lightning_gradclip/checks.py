@@ -123,6 +123,14 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def switch(name: str) -> bool:
+    """Whether an environment variable is 1; it is off where it is 0, empty or missing, and anything else is refused."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"the environment variable {name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def folder(name: str, value: object) -> bool | str:
     """Return True, False, or the name of a folder as a string."""
     if isinstance(value, bool):

@@ -48,8 +48,7 @@ class Clipper(Recorded):
         named_parameters: Names and parameters, as from `model.named_parameters()`, or the model itself, which a model
             wrapped in FSDP has to be; the patterns are checked against these names.
         method: How to clip; None measures only. The clipper works on a copy of its own.
-        optimizer: The optimizer whose parameters are served, groups added later included; None: every named
-            parameter, as one group.
+        optimizer: Whose parameters are served, groups added later included; None: every named one, as one group.
         action: "clip"; "skip" drops the step when any scope is over its limit; "observe" reports what would happen
             and writes nothing.
         nonfinite: On NaN or infinite gradients "skip" drops the step, "zero" replaces the entries, "raise" raises
@@ -67,6 +66,8 @@ class Clipper(Recorded):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
+            place of torch's. Also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
         history: A folder in which every step is recorded, for `lightning-gradclip report` and `advise`; False: none.
             Of several ranks the first writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until
             `metrics()`, `state_dict()`, `look()`, `close()` or the end of the process.
@@ -75,8 +76,7 @@ class Clipper(Recorded):
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range, a pattern matches no parameter, or FSDP has cut or joined
             what the method wants to tell apart.
-        RuntimeError: If ranks that hold pieces of the same model serve different parameters, or clip by different
-            settings.
+        RuntimeError: If ranks that share a model serve different parameters, or clip by different settings.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Clipper(Recorded):
         fold: bool = False,
         process_group: Any = None,
         scale_free: str = "warn",
+        triton: bool = False,
         history: str | os.PathLike[str] | bool = False,
     ) -> None:
         folder = checks.folder("history", history)
@@ -110,6 +111,7 @@ class Clipper(Recorded):
             fold=fold,
             process_group=process_group,
             scale_free=scale_free,
+            triton=triton,
         )
         settings: Any = {"method": method, "action": options.policy.action, "measure_per": measure_per}
         self._kept = Kept(Path(folder).expanduser(), **settings) if folder and ranks.is_first_rank() else None
@@ -158,7 +160,7 @@ class Clipper(Recorded):
         self._observer = Observer(self._limiter, own, optimizer) if self._window.has_readers else None
         self._fold = Fold(optimizer) if options.fold else None
         self._skips = Skips(self._policy.max_consecutive_skips)
-        self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer)
+        self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer, triton=options.triton)
         self._stalls = Stalls(optimizer, own) if optimizer is not None and self._policy.action == "clip" else None
         self.detailed = True
         clips = self._policy.action == "clip" and not self._limiter.adaptive

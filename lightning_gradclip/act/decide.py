@@ -37,8 +37,16 @@ class Actor:
     """Acts as a policy says on the gradients, or where there is a fold by way of its coefficient."""
 
     def __init__(
-        self, policy: Policy, limiter: Limiter, skips: Skips, fold: Fold | None, optimizer: Optimizer | None
+        self,
+        policy: Policy,
+        limiter: Limiter,
+        skips: Skips,
+        fold: Fold | None,
+        optimizer: Optimizer | None,
+        *,
+        triton: bool,
     ) -> None:
+        self._triton = triton
         self._policy, self._writes = policy, policy.writes
         self._limiter, self._skips, self._fold, self._optimizer = limiter, skips, fold, optimizer
 
@@ -121,7 +129,7 @@ class Actor:
         if self._fold is not None:
             self._fold.hand(outcome.change, drops, scaled=scaled)
         elif self._writes and outcome.change is not None:
-            outcome.change.apply(self._selection.params)
+            outcome.change.apply(self._selection.params, triton=self._triton)
 
     def _drop(self, outcome: Outcome, row: Row, why: Callable[[], str], step: int, *, scaled: bool) -> Verdict:
         reason = why() if self._skips.speaks(bounded=not scaled) else ""

@@ -1,5 +1,6 @@
 """What may be done to the gradients, and what happens when some are not finite: closed lists of words."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ MEASURES = ("group", "layer", "parameter")
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 NONFINITE = ("skip", "zero", "raise", "ignore")
 SCALE_FREE = ("warn", "clip", "exclude")
+# The environment variable that is triton=True for all.
+_TRITON = "LIGHTNING_GRADCLIP_TRITON"
 
 
 class _Required(ClipMethod, str):
@@ -117,6 +120,7 @@ class Options:
     fold: bool = False
     process_group: Any = None
     scale_free: str = "warn"
+    triton: bool = False
     policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,11 +129,15 @@ class Options:
             remedy = "None measures the method's own scope only"
             checks.choice("measure_per", self.measure_per, MEASURES, remedy=remedy)
         checks.choice("scale_free", self.scale_free, SCALE_FREE)
+        triton = checks.flag("triton", self.triton) or checks.switch(_TRITON)
+        if triton and importlib.util.find_spec("triton") is None:
+            asked = "triton=True" if self.triton else f"{_TRITON}=1"
+            raise ValueError(f"{asked} asks for a kernel of Triton, which is not installed; write pip install triton")
         if checks.flag("fold", self.fold):
             _require_one_coefficient(self.method, policy)
         include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
         # Frozen for everybody else.
-        vars(self).update(policy=policy, include=include, exclude=exclude)
+        vars(self).update(policy=policy, include=include, exclude=exclude, triton=triton)
 
     def settings(self) -> dict[str, str]:
         """What has to be the same on all ranks, by name, in words that do not depend on the rank."""

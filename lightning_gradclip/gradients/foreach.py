@@ -2,11 +2,10 @@
 
 One call for a list costs a fraction of one call for each tensor. torch's own optimizers and `clip_grad_norm_` are built
 on these functions, but they have no public names; where a release drops or changes one, the public functions beside it
-give the same results more slowly. The same holds of our own kernel for CUDA, which wants Triton.
+give the same results more slowly. Our own kernel for CUDA, which wants Triton, is used where it is asked for.
 """
 
 import importlib
-import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,9 +57,12 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return _flatten(tensors)
 
 
-def multiply_(tensors: Sequence[Tensor], factor: Tensor | Sequence[Tensor]) -> None:
-    """Multiply the tensors by one factor, 0-d and on their device, or each by its own."""
-    if isinstance(factor, Tensor) and factor.device.type == "cuda":
+def multiply_(tensors: Sequence[Tensor], factor: Tensor | Sequence[Tensor], *, triton: bool = False) -> None:
+    """Multiply the tensors by one factor, 0-d and on their device, or each by its own.
+
+    With `triton` our kernel does it on CUDA, for one factor.
+    """
+    if triton and isinstance(factor, Tensor) and factor.device.type == "cuda":
         tensors = left_by_kernel_(tensors, factor)
         if not tensors:
             return
@@ -114,8 +116,6 @@ def left_by_kernel_(tensors: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
 @lru_cache(maxsize=64)
 def _kernel(device: torch.device, dtype: torch.dtype) -> Any | None:
     """The kernel's module once it has multiplied a few numbers as torch does; that one time the host waits."""
-    if importlib.util.find_spec("triton") is None:
-        return None
     try:
         kernel: Any = importlib.import_module("lightning_gradclip.gradients.cuda")
         if _is_right(kernel, device, dtype):
@@ -125,8 +125,8 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> Any | None:
     except Exception as error:  # noqa: BLE001
         fault = f"{type(error).__name__}: {error}"
     warnings.warn(
-        f"Triton is installed but its kernel cannot be used on {device} ({fault}); gradients are multiplied by "
-        "torch._foreach_mul_, which writes them at every step; repair or uninstall triton to silence this",
+        f"the kernel that triton=True asks for cannot be used on {device} ({fault}); gradients are multiplied by "
+        "torch._foreach_mul_, which writes them at every step; repair Triton, or leave triton=True out",
         stacklevel=2,
     )
     return None

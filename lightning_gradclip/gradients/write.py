@@ -1,7 +1,8 @@
 """The only writes to gradients: four ways to change them, and what is done about entries that are not finite.
 
-A `Change` says how the gradients of one step are to be written, and `apply` writes them. Gradients that need no change
-are not written: looking is free on CPU; on a device, where it would make the host wait, a factor of 1 is multiplied.
+A `Change` says how the gradients of one step are to be written, and `apply` writes them; where `triton` asks for it, our
+kernel multiplies by one factor on CUDA. Gradients that need no change are not written: looking is free on CPU; on a
+device, where it would make the host wait, a factor of 1 is multiplied.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,10 +32,10 @@ class ScaleAll(NamedTuple):
 
     coef: float | Tensor
 
-    def apply(self, params: Sequence[Tensor]) -> None:
+    def apply(self, params: Sequence[Tensor], *, triton: bool = False) -> None:
         """Write the gradients of these parameters."""
         if isinstance(self.coef, Tensor):
-            _multiply(params, [self.coef.view(())] * len(params))
+            _multiply(params, [self.coef.view(())] * len(params), triton=triton)
             return
         gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
         if set(map(type, gradients)) != {Tensor}:
@@ -54,14 +55,14 @@ class Scale(NamedTuple):
     coefs: Tensor
     scopes: Sequence[int]
 
-    def apply(self, params: Sequence[Tensor]) -> None:
+    def apply(self, params: Sequence[Tensor], *, triton: bool = False) -> None:
         """Write the gradients of these parameters."""
         coefs, scopes = self.coefs.unbind(), self.scopes
         if self.coefs.is_cpu:
             changed = self.coefs.ne(1.0).tolist()
             touched = [place for place, scope in enumerate(scopes) if changed[scope]]
             params, scopes = [params[place] for place in touched], [scopes[place] for place in touched]
-        _multiply(params, [coefs[scope] for scope in scopes])
+        _multiply(params, [coefs[scope] for scope in scopes], triton=triton)
 
 
 class ScaleUnits(NamedTuple):
@@ -73,7 +74,7 @@ class ScaleUnits(NamedTuple):
     coefs: Tensor
     counts: Sequence[int]
 
-    def apply(self, params: Sequence[Tensor]) -> None:
+    def apply(self, params: Sequence[Tensor], *, triton: bool = False) -> None:
         """Write the gradients of these parameters; on CPU one that nothing changes is not written."""
         coefs = self.coefs
         starts = (0, *accumulate(self.counts))
@@ -98,7 +99,7 @@ class Clamp(NamedTuple):
     high: float
     places: Sequence[int]
 
-    def apply(self, params: Sequence[Tensor]) -> None:
+    def apply(self, params: Sequence[Tensor], *, triton: bool = False) -> None:
         """Write the gradients of these parameters."""
         for place in self.places:
             if (gradient := params[place].grad) is not None:
@@ -139,7 +140,7 @@ def drop_(params: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
-def _multiply(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
+def _multiply(params: Sequence[Tensor], coefs: Sequence[Tensor], *, triton: bool = False) -> None:
     """Multiply the gradient of each parameter by its coefficient, a 0-d tensor on any device."""
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for parameter, coef in zip(params, coefs, strict=True):
@@ -154,7 +155,7 @@ def _multiply(params: Sequence[Tensor], coefs: Sequence[Tensor]) -> None:
             for values, factor in zip(gradients, factors, strict=True):
                 values.copy_(values.double() * factor.double())
         elif joined.ndim == 0:
-            foreach.multiply_(gradients, joined.to(device, dtype))
+            foreach.multiply_(gradients, joined.to(device, dtype), triton=triton)
         else:
             foreach.multiply_(gradients, joined.to(device, dtype).unbind())
 

@@ -97,12 +97,16 @@ def test_the_kernel_multiplies_as_torch_does(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["over", "within"])
-def test_a_step_over_large_gradients_does_not_wait_and_clips(dtype: torch.dtype, share: float) -> None:
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_step_over_large_gradients_does_not_wait_and_clips(dtype: torch.dtype, share: float, triton: bool) -> None:
+    if triton:
+        pytest.importorskip("triton", reason="triton is not installed")
+    foreach._kernel.cache_clear()
     for _ in range(3):
         pairs = large_gradients(dtype)
         before = [parameter.grad.clone() for _, parameter in pairs]
         norm = torch.stack([one.double().norm() for one in before]).norm().item()
-        clipper = Clipper(pairs, NormClip(max_norm=share * norm), nonfinite="ignore")
+        clipper = Clipper(pairs, NormClip(max_norm=share * norm), nonfinite="ignore", triton=triton)
         clipper.step()
         for (_, parameter), one in zip(pairs, before, strict=True):
             parameter.grad = one.clone(memory_format=torch.preserve_format)
@@ -112,6 +116,7 @@ def test_a_step_over_large_gradients_does_not_wait_and_clips(dtype: torch.dtype,
             tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-5
             torch.testing.assert_close(parameter.grad, one * min(1.0, share), rtol=tolerance, atol=0)
             assert share < 1 or torch.equal(parameter.grad, one)
+    assert foreach._kernel.cache_info().currsize == int(triton)
 
 
 @pytest.mark.parametrize("action", ["clip", "skip"])

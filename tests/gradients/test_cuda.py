@@ -1,5 +1,6 @@
 """The kernel that leaves gradients alone where their coefficient is 1, in Triton's interpreter on the CPU."""
 
+import importlib.util
 import math
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kit.extras import needs
 from kit.gradients import same_bits
+from lightning_gradclip import Clipper, NormClip
+from lightning_gradclip.act.policy import Options
 from lightning_gradclip.gradients import foreach
 from lightning_gradclip.gradients.norms import LAUNCH
 
@@ -113,9 +117,33 @@ def test_a_kernel_that_cannot_be_built_is_not_used(kernel: ModuleType, monkeypat
     del kernel
     foreach._kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "lightning_gradclip.gradients.cuda", None)
-    with pytest.warns(UserWarning, match=r"cannot be used on cpu \(ModuleNotFoundError.*repair or uninstall triton"):
+    with pytest.warns(UserWarning, match=r"cannot be used on cpu \(ModuleNotFoundError.*repair Triton, or leave"):
         assert foreach._kernel(CPU, torch.float32) is None
     foreach._kernel.cache_clear()
+
+
+class TestAsking:
+    """Until a GPU has shown what it gains, torch's own function is the default, also where Triton is installed."""
+
+    def test_nobody_asks_by_default(self) -> None:
+        assert not Options(NormClip()).triton
+
+    @needs("triton", extra="dev")
+    def test_an_argument_or_the_environment_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert Options(NormClip(), triton=True).triton
+        for value, asks in (("1", True), ("0", False), ("", False)):
+            monkeypatch.setenv("LIGHTNING_GRADCLIP_TRITON", value)
+            assert Options(NormClip()).triton is asks
+
+    def test_another_word_in_the_environment_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LIGHTNING_GRADCLIP_TRITON", "yes")
+        with pytest.raises(ValueError, match="LIGHTNING_GRADCLIP_TRITON must be 0 or 1, got 'yes'"):
+            Clipper([("w", torch.nn.Parameter(torch.ones(3)))], NormClip())
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+    def test_it_is_refused_where_triton_is_missing(self) -> None:
+        with pytest.raises(ValueError, match="triton=True asks for a kernel of Triton, which is not installed"):
+            Options(NormClip(), triton=True)
 
 
 def test_tensors_on_other_devices_are_left() -> None:

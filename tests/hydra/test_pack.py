@@ -75,8 +75,8 @@ OPTIONS_OF_THE_CALLBACK = {
     "scale_free": "exclude",
     "relearn": True,
 }
-# For methods with a single coefficient.
-NOT_BESIDE_EVERY_METHOD = {"fold"}
+# For methods with a single coefficient, and where Triton is installed.
+NOT_BESIDE_EVERY_METHOD = {"fold", "triton"}
 
 
 @pytest.fixture(scope="module")

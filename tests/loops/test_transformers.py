@@ -159,8 +159,8 @@ class TestLogs:
         options = {"logging_steps": 1, "gradient_accumulation_steps": 4, "save_strategy": "no", "max_steps": 40}
         trainer = trained(tmp_path, callback, **options)
         history = History(tmp_path / "clipping")
-        # As logged, rounded by nobody.
-        assert history.steps["loss"].tolist() == pytest.approx([one["loss"] for one in logged(trainer)], rel=1e-6)
+        # Transformers 4 logs four digits.
+        assert history.steps["loss"].tolist() == pytest.approx([one["loss"] for one in logged(trainer)], abs=1e-4)
         # An epoch has 128 batches, of which a step takes four.
         assert history.steps["epoch"].tolist() == [0.0] * 32 + [1.0] * 8
         assert history.steps["batch"].tolist() == [*range(0, 128, 4), *range(0, 32, 4)]
