@@ -1,8 +1,8 @@
 """The only writes to gradients: four ways to change them, and what is done about entries that are not finite.
 
-A `Change` says how the gradients of one step are to be written, and `apply` writes them; where `triton` asks for it, our
-kernel multiplies by one factor on CUDA. Gradients that need no change are not written: looking is free on CPU; on a
-device, where it would make the host wait, a factor of 1 is multiplied.
+A `Change` says how the gradients of one step are to be written, and `apply` writes them; where `triton` asks for it,
+our kernel multiplies by one factor on CUDA. Gradients that need no change are not written: looking is free on CPU; on
+a device, where it would make the host wait, a factor of 1 is multiplied.
 """
 
 from collections.abc import Iterable, Sequence
