@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from inspect import unwrap
 from typing import Any, cast
 
 import torch
@@ -56,8 +57,10 @@ class Attached(Clipper):
             )
         inner = _with_hooks(optimizer)
         super().__init__(named_parameters, method, optimizer=inner, **options)
+        # A compiled step would take the hook into its graphs, and compile it anew where a step takes another way.
+        hook = torch.compiler.disable(self._before_step)
         # The optimizer holds the hook: without it, nobody would hold the clipper.
-        self._handle = inner.register_step_pre_hook(self._before_step)
+        self._handle = inner.register_step_pre_hook(hook)
         self._written: list[tuple[Callable[[], Tensor | None], int]] = []
 
     def detach(self) -> None:
@@ -120,7 +123,7 @@ def _with_hooks(optimizer: object) -> Optimizer:
             "Clipper(...).step() before its step"
         )
     hooks = cast("Mapping[int, Any]", inner._optimizer_step_pre_hooks)  # pyright: ignore[reportPrivateUsage]
-    if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks.values()):
+    if any(isinstance(getattr(unwrap(hook), "__self__", None), Attached) for hook in hooks.values()):
         raise ValueError(
             f"this {type(inner).__name__} has a clipper attached already, and gradients would be clipped twice; "
             "detach() that first"

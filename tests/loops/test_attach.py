@@ -1,12 +1,13 @@
 """Clipping from inside the optimizer's step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from lightning_gradclip import Clipper, NormClip, ZClip, attach
@@ -112,6 +113,57 @@ class TestScaler:
         assert attached.state_dict()["step"] == 5
         assert metrics["nonfinite"] == 0
         assert metrics["norm_max"] < 1024
+
+
+class TestCompiled:
+    """What torch counts, with the backend that compiles nothing: graphs and breaks are those of any other."""
+
+    @pytest.fixture(autouse=True)
+    def _afresh(self) -> Iterator[None]:
+        torch.compiler.reset()
+        counters.clear()
+        yield
+        torch.compiler.reset()
+
+    def graphs(self, attached: bool) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """The weights, and after three and after 20 steps how many graphs there are and how often one was left."""
+        net = model()
+        # Numbers that change become a part of the graph; torch says so of learning rates.
+        optimizer = Adam(net.parameters(), lr=torch.tensor(0.01))
+        method = ZClip(warmup=5, z_threshold=0.5)
+        clipper = (attach if attached else before)(optimizer, net, method)
+        compiled, step = torch.compile(net, backend="eager"), torch.compile(optimizer.step, backend="eager")
+        found = []
+        for number, batch in enumerate(batches(20), 1):
+            optimizer.zero_grad()
+            loss_of(compiled, batch).backward()
+            if not attached:
+                clipper.step()
+            step()
+            if number in (3, 20):
+                found.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+        assert clipper.steps == 20
+        assert not counters["recompiles"]
+        return [one.detach() for one in net.parameters()], found
+
+    def test_a_clipper_before_a_compiled_step_adds_no_break_and_no_graph(self) -> None:
+        _, found = self.graphs(attached=False)
+        # One graph each for the model and the optimizer, whose own hooks torch leaves out by a break.
+        assert found == [(2, 1), (2, 1)]
+
+    def test_the_hook_stays_outside(self) -> None:
+        weights, found = self.graphs(attached=True)
+        torch.compiler.reset()
+        counters.clear()
+        expected, _ = self.graphs(attached=False)
+        assert all(map(torch.equal, weights, expected))
+        # The graph is left for the hook, and nothing is compiled from step to step.
+        assert found[0] == found[1]
+        assert found[0][0] == 2
+
+
+def before(optimizer: Optimizer, net: nn.Module, method: ZClip) -> Clipper:
+    return Clipper(net, method, optimizer=optimizer)
 
 
 class TestEnds:
