@@ -69,7 +69,7 @@ class GradientClipping(KnownArguments, Callback):
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
         triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
-            place of torch's. Also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
+            place of torch's function; also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
         relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
             steps, counters, metrics and histories go on all the same.
 
@@ -252,6 +252,10 @@ class GradientClipping(KnownArguments, Callback):
         self._had_backward = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if torch.compiler.is_compiling():
+            # An optimizer whose step is compiled: its closure calls this, and none of it belongs into a graph.
+            _outside(self, trainer, pl_module, optimizer)
+            return
         if self._delegated is not None:
             return
         index = lightning.position(trainer, optimizer)
@@ -381,3 +385,7 @@ class GradientClipping(KnownArguments, Callback):
             if self._logs:
                 self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
         self._publisher.leave(trainer)
+
+
+# Lightning imports torch's compiler in any case.
+_outside = torch.compiler.disable(GradientClipping.on_before_optimizer_step)

@@ -66,8 +66,7 @@ class Clipper(Recorded):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
-        triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
-            place of torch's. Also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
+        triton: Multiply large CUDA gradients by a kernel that touches none where nothing is clipped; not yet measured.
         history: A folder in which every step is recorded, for `lightning-gradclip report` and `advise`; False: none.
             Of several ranks the first writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until
             `metrics()`, `state_dict()`, `look()`, `close()` or the end of the process.

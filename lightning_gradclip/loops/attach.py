@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from inspect import unwrap
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.gradients.write import ScaleAll
 from lightning_gradclip.methods.method import ClipMethod
+
+_Hook: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
 def attach(
@@ -58,7 +60,7 @@ class Attached(Clipper):
         inner = _with_hooks(optimizer)
         super().__init__(named_parameters, method, optimizer=inner, **options)
         # A compiled step would take the hook into its graphs, and compile it anew where a step takes another way.
-        hook = torch.compiler.disable(self._before_step)
+        hook = cast("_Hook", torch.compiler.disable(self._before_step))
         # The optimizer holds the hook: without it, nobody would hold the clipper.
         self._handle = inner.register_step_pre_hook(hook)
         self._written: list[tuple[Callable[[], Tensor | None], int]] = []
