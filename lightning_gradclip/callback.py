@@ -388,4 +388,4 @@ class GradientClipping(KnownArguments, Callback):
 
 
 # Lightning imports torch's compiler in any case.
-_outside = torch.compiler.disable(GradientClipping.on_before_optimizer_step)
+_outside: Any = torch.compiler.disable(GradientClipping.on_before_optimizer_step)
