@@ -21,6 +21,7 @@ _STARTED = {"subprocess.Popen", "os.fork", "os.posix_spawn"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="one configuration of each method, and no processes")
     parser.addoption("--products", action="store_true", help="all cases of tests that multiply what they are given")
+    parser.addoption("--lightning", help="a checkout of Lightning, whose own tests `-m foreign` runs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
