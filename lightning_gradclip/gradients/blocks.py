@@ -145,11 +145,13 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = BLOCK, *, widen: 
         # `aminmax` along a dim is twenty times slower.
         return torch.maximum(-matrix.amin(dim=1), matrix.amax(dim=1)).abs().to(wide or matrix.dtype)
     if matrix.is_cpu and wide is None and columns > BLOCK and matrix.stride(1) != 1:
-        # Where entries do not lie beside each other a norm adds one after the other, a sum many at once. (Shorter ones
-        # are torch's, which published rules over units are made of.)
+        # Where entries do not lie beside each other a norm adds one after the other, a sum many at once.
         sums = [some.square().sum(dim=1) for some in matrix.split(max(1, CHUNK // len(matrix)), dim=1)]
         found = torch.stack(sums).sum(dim=0, dtype=torch.float64).sqrt()
         return found if widen else found.to(matrix.dtype)
+    if matrix.is_cpu and matrix.stride(1) != 1:
+        # The same holds for short rows, which a copy puts in order.
+        matrix = matrix.contiguous()
     # Where torch has no vectorised kernel it sums one entry after the other.
     vectorised = matrix.dtype in (torch.float32, torch.float64) and matrix.stride(1) == 1
     if columns <= (longest if vectorised else BLOCK):

@@ -2,7 +2,7 @@
 
 Norms of units stay in the dtype that they are accumulated in, float32 for most models: there are up to a million of
 them, and the published rules over units are defined in it. In float32 and float64 they are those of torch, bit for bit,
-up to 8192 entries.
+up to 8192 entries that lie beside each other; of others those of torch for a copy in which they do.
 """
 
 import math

@@ -289,11 +289,22 @@ class TestLayouts:
         assert torch.equal(tensor, before)
         assert tensor._version == version
 
-    @pytest.mark.parametrize("layout", ["channels-last", "channels-last 3d", "transposed"])
+    @pytest.mark.parametrize("layout", ["channels-last", "channels-last 3d"])
     def test_in_any_order_the_norms_are_those_of_torch_to_the_bit(self, layout: str) -> None:
         tensor = LAYOUTS[layout]()
         dims = tuple(range(1, tensor.ndim))
         assert same_bits(norms_of(tensor), torch.linalg.vector_norm(tensor, dim=dims))
+
+    @pytest.mark.parametrize("columns", [200, 512, 513])
+    @pytest.mark.parametrize("layout", ["transposed", "expanded"])
+    def test_entries_apart_are_summed_as_if_they_lay_together(self, layout: str, columns: int) -> None:
+        """One after the other, as torch sums them, they are off by more than 1e-6."""
+        tensor = (
+            torch.full((columns, 8), 0.7698).t() if layout == "transposed" else torch.tensor(0.7698).expand(8, columns)
+        )
+        norms = norms_of(tensor)
+        assert norms.tolist() == pytest.approx(expected(tensor), rel=2e-7)
+        assert columns > 512 or same_bits(norms, torch.linalg.vector_norm(tensor.contiguous(), dim=1))
 
     @pytest.mark.parametrize("exact", [True, False])
     def test_absent_and_empty_tensors_are_zeros_in_their_place(self, exact: bool) -> None:
