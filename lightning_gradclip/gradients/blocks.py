@@ -149,7 +149,7 @@ def row_norms(matrix: Tensor, norm_type: float, longest: int = BLOCK, *, widen: 
         sums = [some.square().sum(dim=1) for some in matrix.split(max(1, CHUNK // len(matrix)), dim=1)]
         found = torch.stack(sums).sum(dim=0, dtype=torch.float64).sqrt()
         return found if widen else found.to(matrix.dtype)
-    if matrix.is_cpu and matrix.stride(1) != 1:
+    if matrix.is_cpu and matrix.stride(1) != 1 and matrix.dtype is torch.float32:
         # The same holds for short rows, which a copy puts in order.
         matrix = matrix.contiguous()
     # Where torch has no vectorised kernel it sums one entry after the other.
