@@ -1,7 +1,8 @@
 """The Lightning callback: hooks, conflict checks and checkpoint state around one clipper per optimizer."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
@@ -26,6 +28,8 @@ from lightning_gradclip.trainer.log import Publisher
 from lightning_gradclip.trainer.progress import Progress
 from lightning_gradclip.trainer.record import Recorder, histories
 from lightning_gradclip.trainer.watch import Watch
+
+_log = logging.getLogger("lightning_gradclip")
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -128,21 +132,13 @@ class GradientClipping(KnownArguments, Callback):
             log_every_n_steps = checks.integer(
                 "log_every_n_steps", log_every_n_steps, at_least=1, remedy="None takes the trainer's"
             )
-        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"name must be a non-empty string, got {name!r}; the default is 'gradclip'")
-        self.method = method
-        self.name = name
+        self.name = checks.section("name", name)
         self.optimizer = optimizer
         # Lightning puts the module's `log` on every callback, so that name is taken.
         self._logs = checks.flag("log", log)
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = checks.flag("prog_bar", prog_bar)
         self.history = checks.folder("history", history)
-        if self.history is True and (os.path.isabs(name) or os.pardir in name.split(os.sep)):
-            raise ValueError(
-                f"name={name!r} would put the history outside the logger's folder; use a name without '..', or "
-                "name the folder with history="
-            )
         self.histograms = checks.flag("histograms", histograms)
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
@@ -156,6 +152,46 @@ class GradientClipping(KnownArguments, Callback):
         settings = set(vars(self))
         self._begin()
         self._of_a_fit = vars(self).keys() - settings
+
+    def __repr__(self) -> str:
+        options = self._options
+        scopes = "" if options.include == ("*",) and not options.exclude else f", include={list(options.include)!r}, "
+        scopes += f"exclude={list(options.exclude)!r}" if scopes else ""
+        return f"GradientClipping({self.method!r}, action={options.policy.action!r}, name={self.name!r}{scopes})"
+
+    @property
+    def method(self) -> ClipMethod | None:
+        """How to clip, checked and fixed; None measures only.
+
+        Another one may be assigned at any time, on every rank between the same two steps: see `Clipper.method`.
+        """
+        return self._options.method
+
+    @method.setter
+    def method(self, method: ClipMethod | None) -> None:
+        options = replace(self._options, method=method)
+        if self._handover is not None:
+            raise ValueError(
+                "DeepSpeed clips by itself, by what it was told at the start; change the method between fits"
+            )
+        if self._refuse is not None:
+            self._refuse(options)
+        self._options = options
+        for index, clipper in self.clippers.items():
+            clipper.method = method
+            self._recorder.change(index, method=method, action=options.policy.action)
+            if ranks.is_first_rank():
+                _log.info("%s clips by %r from step %d on", self.name, method, clipper.steps)
+
+    @property
+    def clippers(self) -> Mapping[int, Clipper]:
+        """The clippers of a fit by the index of their optimizer, each from its first step on; to be read only."""
+        return {index: one for index, one in self._clippers.items() if isinstance(one, Clipper)}
+
+    @property
+    def stats(self) -> Mapping[int, StepStats]:
+        """What the last step of each optimizer did, by its index."""
+        return {index: one.stats for index, one in self.clippers.items() if one.stats is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and state: what belongs to a fit stays behind, such as the `log` of the module, Lightning's gift."""
@@ -180,11 +216,10 @@ class GradientClipping(KnownArguments, Callback):
         self._in_trainer = True
         if stage != "fit":
             return
-        # Whoever has given the callback another method since means that one.
-        self._options = replace(self._options, method=self.method)
         conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
+        self._refuse = partial(conflicts.refuse, trainer, pl_module, self)
         handed_on, self._handed_on = self._handed_on, None
         if handed_on is not None:
             self._take_over(handed_on)
@@ -330,6 +365,8 @@ class GradientClipping(KnownArguments, Callback):
     def _begin(self) -> None:
         """Forget the fit before."""
         self._clippers = Clippers(relearn=self.relearn)
+        # Says what speaks against options in this fit.
+        self._refuse: Callable[[Options], None] | None = None
         self._handover: Handover | None = None
         self._delegated: Delegated | None = None
         self._publisher = self._publishing(several=False)

@@ -5,6 +5,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,29 +145,77 @@ class Clipper(Recorded):
         options: Options,
         readers: Iterable[Reader],
     ) -> None:
-        own = Unlimited() if options.method is None else copy.deepcopy(options.method)
-        super().__init__(Window(*readers, by_entry=own.per == "element"))
-        self._policy, self._optimizer = options.policy, optimizer
-        self._writes = self._policy.writes
-        self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
-        self._limiter = _LIMITERS.get(own.per, ScopeLimiter)(own, options.measure_per)
+        super().__init__(Window(*readers))
+        self._optimizer, self._fold = optimizer, Fold(optimizer) if options.fold else None
         self._apart = ranks.members(options.process_group)
-        self._settings = options.settings() | {"process_group": f"{len(self._apart or ())} ranks"}
-        self._watch: Watch | None = Watch(self._settings)
         told = {"complete": self._apart is None, "scale_free": options.scale_free != "exclude"}
         self._names = Names(named_parameters, options.include, options.exclude, **told)
-        # Who reads steps wants to know more about them.
-        self._observer = Observer(self._limiter, own, optimizer) if self._window.has_readers else None
-        self._fold = Fold(optimizer) if options.fold else None
-        self._skips = Skips(self._policy.max_consecutive_skips)
-        self._actor = Actor(self._policy, self._limiter, self._skips, self._fold, optimizer, triton=options.triton)
-        self._stalls = Stalls(optimizer, own) if optimizer is not None and self._policy.action == "clip" else None
+        self._skips = Skips(options.policy.max_consecutive_skips)
         self.detailed = True
-        clips = self._policy.action == "clip" and not self._limiter.adaptive
-        self._warns = clips and options.scale_free == "warn"
         # Whether a step has asked who the parameters are since they might have become others.
         self._is_sure = self._has_warned = False
+        self._last: StepStats | None = None
+        self._work_by(options)
         self._take_over(self._names.select(optimizer))
+
+    def _work_by(self, options: Options) -> None:
+        """Do from here on what these options say."""
+        own = Unlimited() if options.method is None else copy.deepcopy(options.method)
+        self._options, self._policy = options, options.policy
+        self._writes = self._policy.writes
+        self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
+        self._window.count_by_entry(own.per == "element")
+        self._limiter = _LIMITERS.get(own.per, ScopeLimiter)(own, options.measure_per)
+        self._settings = options.settings() | {"process_group": f"{len(self._apart or ())} ranks"}
+        self._watch: Watch | None = Watch(self._settings)
+        # Who reads steps wants to know more about them.
+        self._observer = Observer(self._limiter, own, self._optimizer) if self._window.has_readers else None
+        self._actor = Actor(
+            self._policy, self._limiter, self._skips, self._fold, self._optimizer, triton=options.triton
+        )
+        stalls = self._optimizer is not None and self._policy.action == "clip"
+        self._stalls = Stalls(self._optimizer, own) if self._optimizer is not None and stalls else None
+        clips = self._policy.action == "clip" and not self._limiter.adaptive
+        self._warns = clips and options.scale_free == "warn"
+
+    @property
+    def method(self) -> ClipMethod | None:
+        """How to clip, checked and fixed; None measures only.
+
+        Another one, assigned on every rank between the same two steps, holds from the next step on. What was learned
+        goes on where it means the same to it, as to one of the same class and memory; else it learns afresh.
+
+        Raises:
+            TypeError: If it is not a method.
+            ValueError: If it does not go together with the other options, or takes norms of another `norm_type`, which
+                one record cannot hold.
+        """
+        return self._options.method
+
+    @method.setter
+    def method(self, method: ClipMethod | None) -> None:
+        options = replace(self._options, method=method)
+        before, after = self._limiter.learned, 2.0 if method is None else method.norm_type
+        if after != before.method.norm_type:
+            raise ValueError(
+                f"norm_type={after:g} in place of {before.method.norm_type:g} would give the norms of this run two "
+                f"meanings; keep norm_type={before.method.norm_type:g}, or begin a new run"
+            )
+        self._window.look()
+        self._work_by(options)
+        self._limiter.learned.inherit(before)
+        self._take_over(self._selection)
+        if self._kept is not None:
+            self._kept.change(method=method, action=options.policy.action)
+
+    @property
+    def stats(self) -> StepStats | None:
+        """What the last step did; None before the first."""
+        return self._last
+
+    def __repr__(self) -> str:
+        served = f"{len(self._selection.params)} parameters in {self._limiter.scopes.count} scopes"
+        return f"Clipper({self.method!r}, action={self._policy.action!r}; {served}, {self._steps} steps)"
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -390,7 +439,8 @@ class Clipper(Recorded):
         self._window.add(at, row, () if places is None else places.names, outcome.measured, context)
         if verdict.then is not None:
             verdict.then()
-        return StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+        self._last = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
+        return self._last
 
 
 def _finish(window: Window, kept: Kept, process: int) -> None:

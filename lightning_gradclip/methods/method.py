@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
@@ -66,7 +67,22 @@ class ClipMethod(KnownArguments, PassedWhole):
     # That of torch.nn.utils.clip_grad_norm_. It matters where sizes are as small: rules that follow them have none.
     epsilon: float = 1e-6
     state: Mapping[str, Any] = MappingProxyType({})
+    # The arguments, once they have been given.
+    _settled: frozenset[str] = frozenset()
     state_key = setup = on_exception = _OfCallbacks()
+
+    def finish(self) -> None:
+        if is_dataclass(self):
+            vars(self)["_settled"] = frozenset(one.name for one in fields(self) if one.init)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settled:
+            kind = type(self).__name__
+            raise FrozenInstanceError(
+                f"{name} of {kind} is fixed, since clippers work on checked copies; another method holds from the next "
+                f"step on where it is given: callback.method = {kind}({name}={value!r}), or clipper.method = ..."
+            )
+        object.__setattr__(self, name, value)
 
     def limit(self, size: Tensor, weight: Tensor | None, step: int) -> Tensor:
         """How large each scope may be.

@@ -16,7 +16,7 @@ Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class SigmaClip(Remembering):
     epsilon = 0.0
     on_floats = True
     _memory = LastSizes
-    k: float = 3.0
+    k: float = field(default=3.0, kw_only=False)
     window: int = 128
     warmup: int = 64
     per: str = "model"

@@ -49,6 +49,11 @@ class Kept:
                 self._writer.append(*packed)
                 self.folder = self._writer.folder
 
+    def change(self, **settings: Any) -> None:
+        """Say of the steps to come that they have other settings."""
+        self.close()
+        self._settings |= settings
+
     def close(self) -> None:
         """Close the files; a step that comes later opens them again, and goes on."""
         writer, self._writer = self._writer, None

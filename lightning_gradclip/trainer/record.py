@@ -50,6 +50,11 @@ class Recorder:
                 self._kept[index] = self._keeping(index)
             self._kept[index].open(self._first or 0)
 
+    def change(self, index: int, **settings: Any) -> None:
+        """Say of the steps to come of this optimizer that they have other settings."""
+        if index in self._kept:
+            self._kept[index].change(**settings)
+
     def take_norms(self) -> dict[int, Tensor]:
         """The same as `state_dict`, for a histogram; the next one begins."""
         found = self.state_dict()

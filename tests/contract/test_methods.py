@@ -397,7 +397,7 @@ class TestNonfinite:
             before = stepper.learned()
             self.take_bad_step(stepper, action, nonfinite, bad)
             assert_same_values(stepper.learned(), before)
-            assert stepper.clipper.peek()["nonfinite"] == seed - 1
+            assert stepper.clipper.metrics(reset=False)["nonfinite"] == seed - 1
             # The next step is clipped as if the bad one had never been.
             one, two = stepper.step(mixed(seed)), other.step(mixed(seed))
             assert same_bits(one.limits, two.limits)
