@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, flag_override
 
 PARENT = "callbacks"
 GROUP = f"{PARENT}/gradclip"
@@ -66,6 +66,8 @@ class Files:
             if all(key == other for key, other in zip(keys, outer, strict=False)):
                 found = _inside(self.config(path), keys[len(outer) :])
                 if isinstance(found, DictConfig):
+                    if keys[0] != "hydra":
+                        _count_steps(found)
                     held: Any = OmegaConf.to_container(found, resolve=False)
                     # A file may lie deeper: its package is the method, or an argument of it.
                     for key in reversed(outer[len(keys) :]):
@@ -123,6 +125,16 @@ class Files:
                     if one.get_config_path().startswith(f"{GROUP}/") and one.get_final_package() == place:
                         found = one.get_config_path()
         return found
+
+
+def _count_steps(node: DictConfig) -> None:
+    """Let all files give steps as whole numbers, which OmegaConf does not merge with their digits."""
+    for name, value in OmegaConf.to_container(node, resolve=False).items():  # type: ignore[union-attr]
+        if isinstance(value, dict) and value and all(isinstance(key, str) and key.isdigit() for key in value):
+            with flag_override(node, ["struct", "readonly"], False):
+                node[name] = {int(key): one for key, one in value.items()}
+        elif isinstance(value, dict):
+            _count_steps(cast("DictConfig", node[name]))
 
 
 def _configs(default: object) -> Iterator[ConfigDefault]:
