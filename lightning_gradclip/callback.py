@@ -1,7 +1,8 @@
 """The Lightning callback: hooks, conflict checks and checkpoint state around one clipper per optimizer."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
@@ -24,9 +26,10 @@ from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
 from lightning_gradclip.trainer.progress import Progress
-from lightning_gradclip.trainer.record import Recorder, histories, require_name
-from lightning_gradclip.trainer.takeover import NO_LIMIT, Takeover
+from lightning_gradclip.trainer.record import Recorder, histories
 from lightning_gradclip.trainer.watch import Watch
+
+_log = logging.getLogger("lightning_gradclip")
 
 
 class GradientClipping(KnownArguments, Callback):
@@ -69,8 +72,8 @@ class GradientClipping(KnownArguments, Callback):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
-        centralize: Take from each gradient of two dims or more, first of all, its mean over all dims but the first.
-        triton: Multiply large CUDA gradients by a kernel that touches none where nothing is clipped; not yet measured.
+        triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
+            place of torch's function; also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
         relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
             steps, counters, metrics and histories go on all the same.
 
@@ -105,7 +108,6 @@ class GradientClipping(KnownArguments, Callback):
         process_group: Any = None,
         old_names: bool = False,
         scale_free: str = "warn",
-        centralize: bool = False,
         triton: bool = False,
         relearn: bool = False,
     ) -> None:
@@ -120,7 +122,6 @@ class GradientClipping(KnownArguments, Callback):
             fold=fold,
             process_group=process_group,
             scale_free=scale_free,
-            centralize=centralize,
             triton=triton,
         )
         if not isinstance(process_group, str):
@@ -131,9 +132,7 @@ class GradientClipping(KnownArguments, Callback):
             log_every_n_steps = checks.integer(
                 "log_every_n_steps", log_every_n_steps, at_least=1, remedy="None takes the trainer's"
             )
-        require_name(name, history)
-        self.method = method
-        self.name = name
+        self.name = checks.section("name", name)
         self.optimizer = optimizer
         # Lightning puts the module's `log` on every callback, so that name is taken.
         self._logs = checks.flag("log", log)
@@ -145,7 +144,6 @@ class GradientClipping(KnownArguments, Callback):
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
         self.old_names = checks.flag("old_names", old_names)
         self.relearn = checks.flag("relearn", relearn)
-        self._takeover = Takeover()
         self._last_batch = 0
         self._had_backward = False
         # What was loaded before a fit, which takes it up.
@@ -155,17 +153,45 @@ class GradientClipping(KnownArguments, Callback):
         self._begin()
         self._of_a_fit = vars(self).keys() - settings
 
-    @classmethod
-    def from_trainer(cls, method: None = None, **options: Any) -> "GradientClipping":
-        """Clip as the trainer is told by `gradient_clip_val` and `gradient_clip_algorithm`, in its place.
+    def __repr__(self) -> str:
+        options = self._options
+        scopes = "" if options.include == ("*",) and not options.exclude else f", include={list(options.include)!r}, "
+        scopes += f"exclude={list(options.exclude)!r}" if scopes else ""
+        return f"GradientClipping({self.method!r}, action={options.policy.action!r}, name={self.name!r}{scopes})"
 
-        They are read when a fit begins, and are as they were when it ends. Takes the other arguments of the class.
+    @property
+    def method(self) -> ClipMethod | None:
+        """How to clip, checked and fixed; None measures only.
+
+        Another one may be assigned at any time, on every rank between the same two steps: see `Clipper.method`.
         """
-        if method is not None:
-            raise TypeError(f"from_trainer takes the limit of the trainer; write GradientClipping({method!r})")
-        callback = cls(NO_LIMIT, **options)
-        callback._takeover.on = True
-        return callback
+        return self._options.method
+
+    @method.setter
+    def method(self, method: ClipMethod | None) -> None:
+        options = replace(self._options, method=method)
+        if self._handover is not None:
+            raise ValueError(
+                "DeepSpeed clips by itself, by what it was told at the start; change the method between fits"
+            )
+        if self._refuse is not None:
+            self._refuse(options)
+        self._options = options
+        for index, clipper in self.clippers.items():
+            clipper.method = method
+            self._recorder.change(index, method=method, action=options.policy.action)
+            if ranks.is_first_rank():
+                _log.info("%s clips by %r from step %d on", self.name, method, clipper.steps)
+
+    @property
+    def clippers(self) -> Mapping[int, Clipper]:
+        """The clippers of a fit by the index of their optimizer, each from its first step on; to be read only."""
+        return {index: one for index, one in self._clippers.items() if isinstance(one, Clipper)}
+
+    @property
+    def stats(self) -> Mapping[int, StepStats]:
+        """What the last step of each optimizer did, by its index."""
+        return {index: one.stats for index, one in self.clippers.items() if one.stats is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and state: what belongs to a fit stays behind, such as the `log` of the module, Lightning's gift."""
@@ -190,12 +216,10 @@ class GradientClipping(KnownArguments, Callback):
         self._in_trainer = True
         if stage != "fit":
             return
-        self.method = self._takeover.take(trainer, self.method)
-        # Whoever has given the callback another method since means that one.
-        self._options = replace(self._options, method=self.method)
         conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
+        self._refuse = partial(conflicts.refuse, trainer, pl_module, self)
         handed_on, self._handed_on = self._handed_on, None
         if handed_on is not None:
             self._take_over(handed_on)
@@ -208,7 +232,6 @@ class GradientClipping(KnownArguments, Callback):
         if self._handover is not None:
             self._handover.take_back()
             self._handover = None
-        self._takeover.give_back(trainer)
         self._in_trainer = False
         if stage == "fit":
             # State outlives the fit; optimizers, parameters and open files do not.
@@ -240,7 +263,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._logs:
             self._publisher.attend(trainer, self._clippers)
         keeping = histories(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
-        self._keeps = keeping is not None or (self.method is not None and self.method.needs_loss)
+        self._keeps = keeping is not None
         norms = self._recorder.state_dict()
         self._recorder = Recorder(self._clippers, keeping, histograms=self.histograms and trainer.is_global_zero)
         known = {now: norms.get(moved.get(now, now)) for now in range(count)}
@@ -316,7 +339,6 @@ class GradientClipping(KnownArguments, Callback):
         if self._watch is not None:
             self._watch.close()
         self._in_trainer = False
-        self._takeover.give_back(trainer)
         # The steps that led here; after other errors the device may not answer any more.
         if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             self._finish(trainer)
@@ -343,6 +365,8 @@ class GradientClipping(KnownArguments, Callback):
     def _begin(self) -> None:
         """Forget the fit before."""
         self._clippers = Clippers(relearn=self.relearn)
+        # Says what speaks against options in this fit.
+        self._refuse: Callable[[Options], None] | None = None
         self._handover: Handover | None = None
         self._delegated: Delegated | None = None
         self._publisher = self._publishing(several=False)

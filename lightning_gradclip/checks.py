@@ -7,14 +7,12 @@ import difflib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from inspect import Parameter, signature
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import Parameter, Signature, signature
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     Unbounded = float
 else:
     # A number that may be infinite: to LightningCLI `inf` is text.
@@ -82,6 +80,9 @@ def from_text(name: str, text: str, *, quiet: bool = False) -> float | str:
     return int(value) if text.strip().lstrip("+-").isdecimal() else value
 
 
+# Two minor releases after the one that has the new ones.
+_OLD_NAMES_GO = "0.4.0"
+
 # What other libraries, and other options of ours, call it.
 _SYNONYMS = {
     "monitor": "observe",
@@ -131,6 +132,18 @@ def switch(name: str) -> bool:
     return value == "1"
 
 
+def section(name: str, value: object) -> str:
+    """Return the name of a section of a logger, which is one of a folder too."""
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be a non-empty string, got {value!r}; the default is 'gradclip'")
+    if value != os.path.basename(value) or value in (os.curdir, os.pardir):
+        raise ValueError(
+            f"{name}={value!r} is a path, and must be one word, since metrics are {name}/norm and a history lies in a "
+            f"folder of this name; write {name}={value.strip('./').replace('/', '_') or 'gradclip'!r}"
+        )
+    return value
+
+
 def folder(name: str, value: object) -> bool | str:
     """Return True, False, or the name of a folder as a string."""
     if isinstance(value, bool):
@@ -155,19 +168,63 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
     return cast("tuple[str, ...]", result)
 
 
-class KnownArguments:
-    """A base class that refuses unknown arguments with the list of the known ones.
+_Value = TypeVar("_Value")
+
+
+def renamed(old: str, new: str, value: _Value) -> _Value:
+    """Return the value of what has another name now, with a warning that says until when the old one works."""
+    warnings.warn(f"{old} is now {new}; the old name goes in {_OLD_NAMES_GO}", FutureWarning, stacklevel=3)
+    return value
+
+
+class _Called(type):
+    """Looks at the arguments of a call before the class does, and gives what was made the last touch."""
+
+    def __call__(cls, *given: Any, **arguments: Any) -> Any:
+        parameters = [*signature(cls.__init__).parameters.values()][1:]
+        _require_known(cls, parameters, arguments)
+        _require_by_name(cls, parameters, given)
+        made = super().__call__(*given, **arguments)
+        made.finish()
+        return made
+
+    @property
+    def __signature__(cls) -> Signature:
+        """That of the constructor, which `inspect` would overlook for the call above."""
+        shown = signature(cls.__init__)
+        return shown.replace(parameters=[*shown.parameters.values()][1:])
+
+
+class KnownArguments(metaclass=_Called):
+    """A base class that refuses unknown arguments with the list of the known ones, and says which have to be named.
 
     Configurations are merged from files and command lines. Python names one key that does not belong, and none that
-    does. Where the constructor stands, `inspect.signature` goes on showing its arguments.
+    does. `inspect.signature` goes on showing the arguments of the constructor.
     """
 
-    def __new__(cls, *_: Any, **arguments: Any) -> "Self":
-        parameters = signature(cls.__init__).parameters.values()
-        known = [parameter.name for parameter in parameters][1:]
-        unknown = [name for name in arguments if name not in known]
-        if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-            names, listed = ", ".join(map(repr, unknown)), ", ".join(known)
-            perhaps = meant(unknown[0], [name for name in known if name not in arguments])
-            raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {listed}{perhaps}")
-        return super().__new__(cls)
+    def finish(self) -> None:
+        """Called once when everything has been constructed."""
+
+
+def _require_known(cls: type, parameters: Sequence[Parameter], arguments: Mapping[str, object]) -> None:
+    known = [parameter.name for parameter in parameters]
+    unknown = [name for name in arguments if name not in known]
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        names, listed = ", ".join(map(repr, unknown)), ", ".join(known)
+        perhaps = meant(unknown[0], [name for name in known if name not in arguments])
+        raise TypeError(f"{cls.__name__} has no argument {names}; its arguments are {listed}{perhaps}")
+
+
+def _require_by_name(cls: type, parameters: Sequence[Parameter], given: Sequence[object]) -> None:
+    by_place = [one.name for one in parameters if one.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    if len(given) <= len(by_place) or any(one.kind is Parameter.VAR_POSITIONAL for one in parameters):
+        return
+    named = [one.name for one in parameters if one.kind is Parameter.KEYWORD_ONLY]
+    if not named:
+        return
+    first, second = given[len(by_place) - 1] if by_place else "", given[len(by_place)]
+    start = f"{first!r}, " if by_place else ""
+    raise TypeError(
+        f"{cls.__name__} takes {'only ' + ' and '.join(by_place) if by_place else 'nothing'} without a name, and got "
+        f"{second!r} as well; name it, such as {cls.__name__}({start}{named[0]}={second!r})"
+    )

@@ -59,6 +59,11 @@ class Learned:
         """Values by scope name, with their fingerprint."""
         return save(self.method, self._scopes)
 
+    def inherit(self, other: "Learned") -> None:
+        """Go on from what another method has learned, if that means the same to this one."""
+        if fingerprint(self.method) == fingerprint(other.method):
+            self.load_state_dict(other.state_dict(), strict=False)
+
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
         """Take over values, to be arranged at the next step; with `strict` some of their scopes must be in this run."""
         require_same_meaning(self.method, state)

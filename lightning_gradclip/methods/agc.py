@@ -18,7 +18,7 @@ Suggested values: clip_factor 0.01 at batch size 4096, larger ones at smaller ba
 0.16; eps 1e-3 (Brock et al., section 4.1). They train with SGD and Nesterov momentum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class AGC(ClipMethod):
 
     scopes = ("unit", "parameter")
     needs_weight = True
-    clip_factor: Scheduled = 0.01
+    clip_factor: Scheduled = field(default=0.01, kw_only=False)
     eps: float = 1e-3
     per: str = "unit"
 

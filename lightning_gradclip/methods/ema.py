@@ -22,7 +22,7 @@ need a guard, warmup_max_norm 1.0 (lambda_abs, the usual limit of language model
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class EmaClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
-    ratio: float = 1.04
+    ratio: float = field(default=1.04, kw_only=False)
     beta: float = 0.99
     warmup: int = 100
     warmup_max_norm: checks.Unbounded = math.inf

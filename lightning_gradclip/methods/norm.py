@@ -14,7 +14,7 @@ Suggested values: max_norm 1.0 for transformers (GPT-2, LLaMA), 0.25 to 5 for re
 it near the average norm of an unclipped run; `method=None` measures that).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class NormClip(ClipMethod):
     """
 
     on_floats = True
-    max_norm: Scheduled = 1.0
+    max_norm: Scheduled = field(default=1.0, kw_only=False)
     norm_type: checks.Unbounded = 2.0
     min_norm: Scheduled = 0.0
     per: str = "model"

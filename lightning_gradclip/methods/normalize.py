@@ -13,7 +13,7 @@ Suggested values: target 1.0, with a learning rate for steps of that length. Whe
 norm the method multiplies by the constant target / smoothing; far below, vanishing gradients and noise get full length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class Normalize(ClipMethod):
 
     may_grow = True
     on_floats = True
-    target: Scheduled = 1.0
+    target: Scheduled = field(default=1.0, kw_only=False)
     smoothing: float = 1e-6
     norm_type: checks.Unbounded = 2.0
     per: str = "model"

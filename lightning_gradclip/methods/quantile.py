@@ -17,7 +17,7 @@ Suggested values: q 0.9 cuts the largest tenth. AutoClip's q 0.10 cuts nine step
 normalization than to clipping (Seetharaman et al., for source separation with Adam).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class QuantileClip(Remembering):
 
     epsilon = 0.0
     on_floats = True
-    q: float = 0.9
+    q: float = field(default=0.9, kw_only=False)
     window: int | None = 1000
     include_current: bool = False
     per: str = "model"

@@ -5,8 +5,7 @@ not among them, the limit is m + k * s; none before `warmup` sizes were seen. A 
 itself: with more than one in 1 + k**2 sizes the rule stops seeing them.
 
 Source: the rule by which OLMo-core's `SkipStepOptimizer` drops steps (Team OLMo, "2 OLMo 2 Furious", 2025; there for
-the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm,
-and with loss=True for both: a step is dropped where its norm or its loss exceeds its own limit, and learned from.
+the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
 published rule until it has left the window (some versions of OLMo-core leave it out as well). Sizes are remembered
@@ -17,7 +16,7 @@ Suggested values: k 3 to clip; k 6 to drop steps (OLMo 2).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -37,8 +36,6 @@ class SigmaClip(Remembering):
         warmup: How many norms are wanted before anything is limited, from 2 to `window`.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
         norm_type: The p of the p-norm, in (0, inf].
-        loss: Whether steps whose loss exceeds mean + k standard deviations of the last losses are dropped too, for
-            action="skip"; of several ranks the mean counts. A plain loop gives it: `clipper.step(loss=loss)`.
 
     Raises:
         TypeError: If a number is not a number.
@@ -48,12 +45,11 @@ class SigmaClip(Remembering):
     epsilon = 0.0
     on_floats = True
     _memory = LastSizes
-    k: float = 3.0
+    k: float = field(default=3.0, kw_only=False)
     window: int = 128
     warmup: int = 64
     per: str = "model"
     norm_type: checks.Unbounded = 2.0
-    loss: bool = False
 
     def __post_init__(self) -> None:
         self.k = checks.number("k", self.k, at_least=0.0, remedy="k counts standard deviations above the mean")
@@ -66,11 +62,6 @@ class SigmaClip(Remembering):
             )
         checks.choice("per", self.per, self.scopes)
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
-        self.loss = checks.flag("loss", self.loss)
-
-    @property
-    def needs_loss(self) -> bool:
-        return self.loss
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         return LastSizes.fresh(size, self.window)

@@ -15,7 +15,7 @@ The median of `gradclip/norm` (with log_every_n_steps=1) divided by the square r
 size of a typical entry; a bound of ten times that cuts outliers only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ValueClip(ClipMethod):
 
     scopes = ("element",)
     per = "element"
-    max_value: Scheduled = 0.5
+    max_value: Scheduled = field(default=0.5, kw_only=False)
     min_value: Scheduled | None = None
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ Suggested values: z_threshold 2.5, alpha 0.97, warmup 25 (Kumar et al.: 1B langu
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class ZClip(ClipMethod):
 
     epsilon = 0.0
     on_floats = True
-    z_threshold: float = 2.5
+    z_threshold: float = field(default=2.5, kw_only=False)
     alpha: float = 0.97
     warmup: int = 25
     mode: str = "reciprocal"

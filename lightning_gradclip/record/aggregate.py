@@ -24,9 +24,10 @@ class Aggregate(Metric):
     norm_max: Tensor
     coef_min: Tensor
 
-    def __init__(self, *, by_entry: bool) -> None:
+    def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self._by_entry = by_entry
+        # Whether steps have no factor, and `clipped` is a share of entries.
+        self.by_entry = False
         zeros = [0.0] * len(_MEANS)
         for name, value in {"sums": zeros, "counts": zeros, "norm_max": -math.inf, "coef_min": math.inf}.items():
             self.add_state(name, torch.tensor(value, dtype=torch.float64, device="cpu"), persistent=True)
@@ -39,7 +40,7 @@ class Aggregate(Metric):
         norm, coef, limit = columns["norm"], columns["coef"], columns["limit"]
         if not len(norm):
             return
-        if not self._by_entry:
+        if not self.by_entry:
             # With one scope it would say the same as the rate.
             columns["clipped"] = columns["clipped"].where(torch.isnan(limit), math.nan)
         values = torch.stack([columns[field] for field in _MEANS.values()])
@@ -55,7 +56,7 @@ class Aggregate(Metric):
         steps = self.counts[0].item()
         means = {name: total / count for name, total, count in pairs if count == steps > 0}
         extremes = {"norm_max": self.norm_max.item(), "coef_min": self.coef_min.item()}
-        if self._by_entry:
+        if self.by_entry:
             del extremes["coef_min"]
         found = means | {name: value for name, value in extremes.items() if math.isfinite(value)}
         order = ("norm", "norm_clipped", "norm_max", "limit", "coef_min", "clip_rate", "clipped")

@@ -26,7 +26,7 @@ class Kept:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder, self._settings = folder, settings
         self._writer: HistoryWriter | None = None
-        self._given_up = False
+        self._given_up = self._has_changed = False
 
     def open(self, step: int) -> None:
         """Begin at this step, unless that is done already: so that a folder that will not do is known at once.
@@ -43,11 +43,19 @@ class Kept:
 
     def take(self, packed: Packed) -> None:
         """Write some steps."""
+        if self._has_changed:
+            # Opened again it holds both.
+            self.close()
+            self._has_changed = False
         self.open(packed.steps[0])
         if self._writer is not None:
             with self._giving_up():
                 self._writer.append(*packed)
                 self.folder = self._writer.folder
+
+    def change(self, **settings: Any) -> None:
+        """Say of the steps that are still to be taken that they have other settings."""
+        self._settings, self._has_changed = self._settings | settings, True
 
     def close(self) -> None:
         """Close the files; a step that comes later opens them again, and goes on."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradclip import checks
 from lightning_gradclip.select.scopes import Scopes, Units
 
 
@@ -34,50 +35,65 @@ class StepStats:
 
     `S` is the number of scopes; all values are global, none is a DTensor.
 
-    Attributes:
-        row: The packed row: host floats on CPU, otherwise a float64 tensor on the device.
-        size: What was measured in each scope, `(S,)`, or the float of the only one.
-        allowed: What was allowed in each scope, `(S,)`, or the float of the only one.
-        places: The scopes.
-        measured: Norms of the scopes that `measure_per` asked for, in the order of `measured_scopes`, NaN for absent
-            ones; None without.
-        measured_places: These scopes.
     """
 
-    row: Row | Tensor
-    size: Tensor | float
-    allowed: Tensor | float
-    places: Scopes | Units
-    measured: Tensor | None = None
-    measured_places: Scopes | None = None
+    # Read only by way of properties: to freeze the class would triple the time that one takes to make.
+    _row: Row | Tensor
+    _sizes: Tensor | float
+    _limits: Tensor | float
+    _scopes: Scopes | Units
+    _measured: Tensor | None = None
+    _measured_scopes: Scopes | None = None
 
     @classmethod
-    def of_nothing(cls, places: Scopes | Units) -> "StepStats":
+    def of_nothing(cls, scopes: Scopes | Units) -> "StepStats":
         """A step in which no parameter has a gradient."""
-        sizes = torch.zeros(places.count, dtype=torch.float64, device="cpu")
+        sizes = torch.zeros(scopes.count, dtype=torch.float64, device="cpu")
         limits = torch.full_like(sizes, math.inf)
-        limit = math.inf if places.count == 1 else math.nan
-        return cls(row_of(0.0, 0.0, limit=limit), sizes, limits, places)
+        limit = math.inf if scopes.count == 1 else math.nan
+        return cls(row_of(0.0, 0.0, limit=limit), sizes, limits, scopes)
+
+    @property
+    def row(self) -> Row | Tensor:
+        """The packed row: host floats on CPU, otherwise a float64 tensor on the device."""
+        return self._row
 
     @property
     def sizes(self) -> Tensor:
         """What was measured in each scope, before clipping, `(S,)`."""
-        return _rows(self.size)
+        return _rows(self._sizes)
 
     @property
     def limits(self) -> Tensor:
         """What was allowed in each scope, `(S,)`; +inf where there is no limit."""
-        return _rows(self.allowed)
+        return _rows(self._limits)
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """The names of the scopes, `S` of them."""
-        return self.places.names
+        return self._scopes.names
+
+    @property
+    def measured(self) -> Tensor | None:
+        """Norms of these scopes, in their order, NaN for absent ones; None without `measure_per`."""
+        return self._measured
 
     @property
     def measured_scopes(self) -> tuple[str, ...]:
         """The names of the scopes that `measure_per` asked for."""
-        return () if self.measured_places is None else self.measured_places.names
+        return () if self._measured_scopes is None else self._measured_scopes.names
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers, for which the host waits.
+
+        Returns:
+            `norm`, `norm_clipped`, `limit`, `coef` and `clipped` as floats, the flags `finite`, `skipped`, `changed`
+            and `overflow`; `sizes` and `limits` by scope, and `norms` by the scopes that `measure_per` asked for.
+        """
+        numbers = dict(zip(Row._fields, map(float, self._row), strict=True))
+        flags = {name: bool(numbers[name]) for name in ("finite", "skipped", "changed", "overflow")}
+        found = {"sizes": _by_scope(self.scopes, self.sizes), "limits": _by_scope(self.scopes, self.limits)}
+        return {**numbers, **flags, **found, "norms": _by_scope(self.measured_scopes, self._measured)}
 
     @property
     def norm(self) -> Tensor:
@@ -114,11 +130,41 @@ class StepStats:
         """Whether the optimizer step is dropped, by the clipper or on overflow by the GradScaler, 0-d boolean."""
         return self._field("skipped") != 0
 
+    @property
+    def changed(self) -> Tensor:
+        """Whether any gradient was written or dropped, 0-d boolean."""
+        return self._field("changed") != 0
+
+    @property
+    def overflow(self) -> Tensor:
+        """Whether the GradScaler drops the step, since gradients are not finite, 0-d boolean."""
+        return self._field("overflow") != 0
+
+    @property
+    def size(self) -> Tensor | float:
+        """Now `sizes`."""
+        return checks.renamed("StepStats.size", "StepStats.sizes", self._sizes)
+
+    @property
+    def allowed(self) -> Tensor | float:
+        """Now `limits`."""
+        return checks.renamed("StepStats.allowed", "StepStats.limits", self._limits)
+
+    @property
+    def places(self) -> Scopes | Units:
+        """Now `scopes`, their names."""
+        return checks.renamed("StepStats.places", "StepStats.scopes", self._scopes)
+
+    @property
+    def measured_places(self) -> Scopes | None:
+        """Now `measured_scopes`, their names."""
+        return checks.renamed("StepStats.measured_places", "StepStats.measured_scopes", self._measured_scopes)
+
     def _field(self, name: str) -> Tensor:
         position = Row._fields.index(name)
-        if isinstance(self.row, Tensor):
-            return self.row[position]
-        return torch.tensor(self.row[position], dtype=torch.float64, device="cpu")
+        if isinstance(self._row, Tensor):
+            return self._row[position]
+        return torch.tensor(self._row[position], dtype=torch.float64, device="cpu")
 
 
 def row_of(norm: Any, norm_clipped: Any, *, limit: Any, coef: Any = 1.0, clipped: Any = 0.0, changed: Any = 0.0) -> Any:
@@ -178,6 +224,10 @@ def _left(fields: Any, drops: float | Tensor) -> dict[str, Any]:
 def _named(row: Row | Tensor) -> Any:
     """The fields, each 0-d where the row is a tensor."""
     return Row(*row.unbind()) if isinstance(row, Tensor) else row  # pyright: ignore[reportArgumentType]
+
+
+def _by_scope(names: tuple[str, ...], numbers: Tensor | None) -> dict[str, float]:
+    return {} if numbers is None else dict(zip(names, numbers.tolist(), strict=True))
 
 
 def _rows(numbers: Tensor | float) -> Tensor:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_gradclip import checks
 from lightning_gradclip.record.aggregate import Aggregate, summed
 from lightning_gradclip.record.context import FIELDS, NOTHING, Context, fetched, on_host
 from lightning_gradclip.record.numbers import WindowNumbers
@@ -56,11 +57,10 @@ Reader: TypeAlias = Callable[[Packed], None]
 class Window:
     """Every step since the last `clear`, in bounded memory, and counts since the start.
 
-    Each of the readers is told of every step once, in order, many at a time. With `by_entry` steps have no factor, and
-    `clipped` is a share of entries.
+    Each of the readers is told of every step once, in order, many at a time.
     """
 
-    def __init__(self, *readers: Reader, by_entry: bool = False) -> None:
+    def __init__(self, *readers: Reader) -> None:
         self._readers = readers
         self._step_numbers: list[int] = []
         self._rows: list[Row | Tensor] = []
@@ -73,11 +73,16 @@ class Window:
         self._rows_seen: list[Numbers] = []
         self._norms_seen: list[Numbers] = []
         self._count_seen = 0
-        self._aggregate = Aggregate(by_entry=by_entry)
+        self._aggregate = Aggregate()
         # Sum and count by scope: one torchmetrics object for each would take a quarter of a millisecond a scope.
         self._by_scope: dict[str, tuple[float, int]] = {}
         self._since_start = dict.fromkeys(("skipped", "nonfinite", "overflows"), 0.0)
         self._disclaimed = False
+
+    def count_by_entry(self, flag: bool) -> None:
+        """Take the steps from here on for such as have no factor, and whose `clipped` is a share of entries; or not."""
+        self._add_up()
+        self._aggregate.by_entry = flag
 
     def disclaim(self) -> None:
         """Say of no step any more, those not yet told included, which norm the optimizer received."""
@@ -269,8 +274,11 @@ class Recorded:
         """Leave out from now on the norm that the optimizer received, since somebody else writes gradients too."""
         self._window.disclaim()
 
-    def metrics(self) -> dict[str, float]:
-        """The window since the last call, aggregated, and cleared.
+    def metrics(self, *, reset: bool = True) -> dict[str, float]:
+        """The steps since the last call, aggregated.
+
+        Args:
+            reset: Whether the next call is about the steps from here on; False only looks.
 
         Returns:
             Over the steps whose norm is finite, also those that were dropped for their size and those in which entries
@@ -284,11 +292,11 @@ class Recorded:
             and in neither of the two). Of the step that was looked at last for it: `stalled`, the share
             of the parameters that clipping leaves less than an optimizer of Adam's kind can feel.
         """
-        return self.take().flat()
+        return (self.take() if reset else self.peeked()).flat()
 
     def peek(self) -> dict[str, float]:
-        """`metrics()` without clearing the window."""
-        return self.peeked().flat()
+        """Now `metrics(reset=False)`."""
+        return checks.renamed("peek()", "metrics(reset=False)", self.metrics(reset=False))
 
     def peeked(self) -> WindowNumbers:
         """`numbers` of a window that stays as it was: the last bit of later sums must not depend on who has looked."""

@@ -23,17 +23,6 @@ Keeping = Callable[[int], Kept]
 _NORM = Row._fields.index("norm")
 
 
-def require_name(name: Any, history: Any) -> None:
-    """Refuse a name that is none, or that would lead out of the folder in which a history is to be."""
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name must be a non-empty string, got {name!r}; the default is 'gradclip'")
-    if history is True and (os.path.isabs(name) or os.pardir in name.split(os.sep)):
-        raise ValueError(
-            f"name={name!r} would put the history outside the logger's folder; use a name without '..', or "
-            "name the folder with history="
-        )
-
-
 class Recorder:
     """Reads the steps of all optimizers of a fit for their histories, if any, and for histograms: 8 bytes a step."""
 
@@ -60,6 +49,11 @@ class Recorder:
             if index not in self._kept:
                 self._kept[index] = self._keeping(index)
             self._kept[index].open(self._first or 0)
+
+    def change(self, index: int, **settings: Any) -> None:
+        """Say of the steps to come of this optimizer that they have other settings."""
+        if index in self._kept:
+            self._kept[index].change(**settings)
 
     def take_norms(self) -> dict[int, Tensor]:
         """The same as `state_dict`, for a histogram; the next one begins."""

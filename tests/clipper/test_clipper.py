@@ -2,7 +2,7 @@
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ class TestStepStats:
 
     def test_a_row_on_a_device_gives_the_same_fields(self) -> None:
         stats = Clipper(named({"a": torch.tensor([3.0])}), NormClip()).step()
-        packed = StepStats(torch.tensor(stats.row, dtype=torch.float64), stats.sizes, stats.limits, stats.places)
+        packed = StepStats(torch.tensor(stats.row, dtype=torch.float64), stats.sizes, stats.limits, stats._scopes)
         for name in ("norm", "norm_clipped", "limit", "coef", "clipped", "finite", "skipped"):
             assert torch.equal(getattr(packed, name), getattr(stats, name))
 
@@ -152,7 +152,9 @@ class TestSelection:
         pairs = named({"g": torch.tensor([3.0]), "d": torch.tensor([4.0])})
         method = NormClip(max_norm=1.0)
         clippers = [Clipper(pairs, method, optimizer=SGD([parameter], lr=0.1)) for _, parameter in pairs]
-        method.max_norm = 99.0
+        with pytest.raises(FrozenInstanceError, match=r"callback\.method = NormClip\(max_norm=99\.0\)"):
+            method.max_norm = 99.0
+        clippers[0].method = NormClip(max_norm=1.0)
         stats = [clipper.step() for clipper in clippers]
         assert [one.norm.item() for one in stats] == [3.0, 4.0]
         assert [one.limit.item() for one in stats] == [1.0, 1.0]
@@ -326,8 +328,8 @@ class TestMetrics:
         for value in (1.0, 6.0, 8.0, 2.0):
             step_with(clipper, pairs, value)
         assert clipper.has_news
-        peeked = clipper.peek()
-        assert clipper.peek() == peeked
+        peeked = clipper.metrics(reset=False)
+        assert clipper.metrics(reset=False) == peeked
         result = clipper.metrics()
         assert result == peeked
         coefs = [1.0, 3.0 / (6.0 + 1e-6), 2.0 / (8.0 + 1e-6), 1.0]
@@ -461,7 +463,7 @@ class TestState:
         pairs = named(normal(0))
         clipper = Clipper(pairs, NormClip(max_norm={0: 1.0}), measure_per="parameter")
         clipper.step()
-        clipper.peek()
+        clipper.metrics(reset=False)
         clipper.step()
 
         def kinds(value: object) -> set[type]:

@@ -100,7 +100,7 @@ class TestUnits:
         clipper = Clipper([("w", weight)], Constant(), measure_per="layer")
         stats = clipper.step()
         clipper.metrics()
-        assert "names" not in vars(stats.places)
+        assert "names" not in vars(stats._scopes)
         assert stats.scopes == ("w[0]", "w[1]", "w[2]", "w[3]")
         assert stats.scopes is stats.scopes
 
