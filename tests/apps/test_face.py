@@ -1,0 +1,35 @@
+"""What the repository shows of itself: one address everywhere, forms that ask for commands that exist."""
+
+import re
+import sys
+
+import pytest
+
+from kit.root import ROOT
+from lightning_gradclip.report import cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 reads no TOML")
+
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+FILES = ("README.md", "CITATION.cff", ".github/ISSUE_TEMPLATE/config.yml")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_there_is_one_address(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    named = set(re.findall(r"https://(?:raw\.)?github(?:usercontent)?\.com/([\w.-]+/lightning-gradclip)", text))
+    assert named <= {URLS["Repository"].removeprefix("https://github.com/")}
+
+
+def test_the_issue_form_asks_for_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    asked = re.findall(r"`lightning-gradclip ([^`]+)`", form)
+    assert asked
+    for words in asked:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words.split(), "--help"])
+        assert ended.value.code == 0
+    capsys.readouterr()
