@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep bench study study-full test test-fast test-loops mutants test-packaging test-products lint types check format dist clean
+.PHONY: help docs docs-build test-versions demo sweep bench study study-full test test-fast test-loops mutants test-packaging test-products lint types check format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,12 +73,24 @@ lint: $(VENV)/.ready-dev  ## check style and format
 types: $(VENV)/.ready-dev  ## check types of the package, strictly
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test-packaging test-loops  ## everything a pull request must pass, the tests at the end (15 minutes)
+check: lint types docs-build test-packaging test-loops  ## everything a pull request must pass, the tests at the end (15 minutes)
 	@$(MAKE) test
 
 format: $(VENV)/.ready-dev  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: docs-build  ## build the site, strictly, and serve it at http://127.0.0.1:8000
+	@echo "==> Serving outputs/site at http://127.0.0.1:8000; Ctrl+C ends it"
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory outputs/site 8000
+
+docs-build: $(VENV)/.ready-docs  ## build the site into outputs/site; a broken link is an error (three minutes at first)
+	@echo "==> Building the site"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+test-versions: $(VENV)/.venv  ## run the quick tests with TORCH=2.14 LIGHTNING=2.6, and record what came of it
+	@echo "==> Testing with torch $(TORCH) and Lightning $(LIGHTNING)"
+	$(BIN)/python docs/versions.py run $(TORCH) $(LIGHTNING)
 
 dist: $(VENV)/.ready-dev  ## build wheel and sdist into dist/
 	rm -rf dist
@@ -111,6 +123,11 @@ $(VENV)/.ready-loops: $(VENV)/.ready tests/loops.txt
 	$(BIN)/python -m venv --clear $(VENV)/loops
 	$(VENV)/loops/bin/python -c 'import sys, sysconfig as s; below = sys.argv[1]; print(f"import site; site.addsitedir({below!r})", file=open(s.get_path("purelib") + "/below.pth", "w"))' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(VENV)/loops/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/loops.txt
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@echo "==> Installing what the site needs"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready

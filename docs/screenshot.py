@@ -1,4 +1,4 @@
-"""Makes the README's pictures: runs the commands of its section "Look first" and looks at the pages in a browser.
+"""Makes the pictures of docs/report.md: runs the commands of its section "Look first" and looks at their pages.
 
     python docs/screenshot.py
 
@@ -26,7 +26,7 @@ PROGRAMS = {"python": sys.executable, "lightning-gradclip": str(Path(sys.executa
 
 def commands() -> list[list[str]]:
     """Those of the first block of commands below the heading."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n### Look first\n")[2]
+    section = (DOCS / "report.md").read_text(encoding="utf-8").partition("\n## Look first\n")[2]
     block = re.search(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert block is not None
     lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]

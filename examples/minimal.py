@@ -1,4 +1,9 @@
-"""A Trainer with gradient clipping: one callback, no other change."""
+"""A Trainer with gradient clipping: one callback, no other change.
+
+python examples/minimal.py
+tensorboard --logdir lightning_logs
+lightning-gradclip report lightning_logs/version_0
+"""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -27,13 +32,16 @@ inputs = torch.randn(2048, 8)
 noise = torch.distributions.StudentT(1.5).sample((2048, 1))
 batches = DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True) + noise), batch_size=32)
 
-clipping = GradientClipping(NormClip(max_norm=10.0))
+clipping = GradientClipping(NormClip(max_norm=10.0), history=True)
 trainer = Trainer(
     max_epochs=2,
     callbacks=[clipping],
-    logger=False,
+    log_every_n_steps=10,
     enable_checkpointing=False,
     enable_model_summary=False,
 )
 trainer.fit(Regression(), batches)
-print("gradclip/norm", trainer.callback_metrics["gradclip/norm"])
+
+for name, value in trainer.callback_metrics.items():
+    print(name, round(float(value), 3))
+print(f"every step: lightning-gradclip report {trainer.log_dir}")

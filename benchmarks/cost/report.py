@@ -1,4 +1,4 @@
-"""Join the tables of `results` into its README.md and draw what the project's README shows.
+"""Join the tables of `results` into its README.md and draw what docs/costs.md shows.
 
 pip install -e '.[bench]'
 python benchmarks/cost/report.py    # after all the others

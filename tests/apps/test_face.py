@@ -1,10 +1,12 @@
 """What the repository shows of itself: one address everywhere, forms that ask for commands that exist."""
 
 import re
+import subprocess
 import sys
 
 import pytest
 
+from kit.guides import README, page
 from kit.root import ROOT
 from lightning_gradclip.report import cli
 
@@ -14,7 +16,7 @@ else:
     tomllib = pytest.importorskip("tomli", reason="Python 3.10 reads no TOML")
 
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
-FILES = ("README.md", "CITATION.cff", ".github/ISSUE_TEMPLATE/config.yml")
+FILES = ("README.md", "CITATION.cff", "mkdocs.yml", "conda/meta.yaml", ".github/ISSUE_TEMPLATE/config.yml")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -22,6 +24,21 @@ def test_there_is_one_address(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     named = set(re.findall(r"https://(?:raw\.)?github(?:usercontent)?\.com/([\w.-]+/lightning-gradclip)", text))
     assert named <= {URLS["Repository"].removeprefix("https://github.com/")}
+
+
+def test_the_readme_is_one_screen() -> None:
+    assert len(README.encode()) <= 10_000
+    assert len(README.splitlines()) <= 160
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    """On the package index too: no link is relative, and those to this repository name what is there."""
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://"), link
+        path = re.search(r"/lightning-gradclip/(?:blob/)?main/([^#]+)", link)
+        assert path is None or (ROOT / path[1]).is_file(), link
 
 
 def test_the_issue_form_asks_for_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +50,10 @@ def test_the_issue_form_asks_for_commands_that_exist(capsys: pytest.CaptureFixtu
             cli.main([*words.split(), "--help"])
         assert ended.value.code == 0
     capsys.readouterr()
+
+
+def test_the_table_of_versions_is_made_of_the_results() -> None:
+    command = [sys.executable, "docs/versions.py", "table", "docs/versions"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "not yet run" in made
+    assert made.strip() in page("versions")

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 import lightning_gradclip
-from kit.guides import blocks, commands
+from kit.guides import blocks, commands, page
 from kit.root import ROOT
 from lightning_gradclip import ClipMethod, GradientClipping, NormClip, ZClip
 
@@ -112,8 +112,8 @@ def test_a_mistake_is_named(mistake: str, cli: Callable[[list[str]], None], caps
         assert word in said
 
 
-def test_the_file_in_the_readme(tmp_path: Path) -> None:
-    (callback,) = yaml.safe_load(blocks("yaml")[-1])["trainer"]["callbacks"]
+def test_the_file_in_the_guide(tmp_path: Path) -> None:
+    (callback,) = yaml.safe_load(blocks("yaml", page("cli"))[-1])["trainer"]["callbacks"]
     assert parsed(callback).method == ZClip(z_threshold=3.0)
 
 

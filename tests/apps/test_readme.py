@@ -1,5 +1,6 @@
-"""The commands and programs of README.md and CONTRIBUTING.md do what they say."""
+"""The commands and programs of README.md and docs/ do what they say."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from kit import scripts
 from kit.application import Application
 from kit.extras import needs, require
-from kit.guides import README, blocks, commands
+from kit.guides import blocks, commands, page
 from kit.root import ROOT
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -21,9 +22,14 @@ def run(arguments: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("program", blocks("python"))
+def imports(block: str) -> bool:
+    """What imports nothing is an excerpt: it stands in a program of the reader's."""
+    return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(block).body)
+
+
+@pytest.mark.parametrize("program", [*filter(imports, blocks("python"))])
 def test_programs_run(program: str, tmp_path: Path) -> None:
-    require(*{"hydra_zen", "pandas"} & {*re.findall(r"\w+", program)})
+    require(*{"hydra_zen", "pandas", "ray"} & {*re.findall(r"\w+", program)})
     run(["-c", program], tmp_path)
 
 
@@ -46,8 +52,8 @@ def test_example_commands_run(command: str, tmp_path: Path) -> None:
 
 
 def blocks_in_files(folder: Path) -> None:
-    """Writes the section's YAML into an application: its defaults list and an option of the reader's own."""
-    primary, _, option, *_ = blocks("yaml")
+    """Writes the page's YAML into an application: its defaults list and an option of the reader's own."""
+    primary, _, option, *_ = blocks("yaml", page("hydra"))
     (folder / "configs" / "train.yaml").write_text(primary)
     (folder / "configs" / "callbacks" / "gradclip" / "mine.yaml").write_text(option)
 
@@ -66,8 +72,8 @@ def test_foreign_commands_compose(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [one for one in commands("python train.py") if "@" in one])
 def test_a_host_whose_callbacks_are_a_list(command: str, tmp_path: Path) -> None:
-    """With the configuration that the README shows last before the command."""
-    (tmp_path / "train.yaml").write_text(blocks("yaml", README[: README.index(command)])[-1])
+    """With the configuration that the page shows last before the command."""
+    (tmp_path / "train.yaml").write_text(blocks("yaml", page("hydra").partition(command)[0])[-1])
     (tmp_path / "train.py").write_text(
         "import hydra\n"
         "@hydra.main(version_base='1.3', config_path='.', config_name='train')\n"
@@ -80,8 +86,8 @@ def test_a_host_whose_callbacks_are_a_list(command: str, tmp_path: Path) -> None
 
 
 def command_line_forms() -> list[str]:
-    """What the Hydra section's first table shows, one a row."""
-    table = README.partition("| write after `python train.py` |")[2].partition("\n\n")[0]
+    """What the first table of docs/hydra.md shows, one a row."""
+    table = page("hydra").partition("| write after `python train.py` |")[2].partition("\n\n")[0]
     return re.findall(r"^\| [^|`]+ \| `([^`]+)`", table, re.MULTILINE)
 
 
@@ -98,10 +104,10 @@ def test_command_line_forms_compose(form: str, tmp_path: Path) -> None:
     assert "lightning_gradclip." in shown
 
 
-def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> None:
+def test_an_experiment_of_the_guide_exchanges_the_option(tmp_path: Path) -> None:
     application = Application.copied(tmp_path)
-    (application.folder / "configs" / "experiment" / "readme.yaml").write_text(blocks("yaml")[1])
-    node = application.composed("experiment=readme", "--config-name=clipped")["callbacks"]["gradclip"]
+    (application.folder / "configs" / "experiment" / "guide.yaml").write_text(blocks("yaml", page("hydra"))[1])
+    node = application.composed("experiment=guide", "--config-name=clipped")["callbacks"]["gradclip"]
     assert node["method"]["_target_"] == "lightning_gradclip.ZClip"
 
 
@@ -119,5 +125,5 @@ def test_an_experiment_of_the_readme_exchanges_the_option(tmp_path: Path) -> Non
 )
 def test_the_examples_beside_the_demo_run(program: str, shown: str, tmp_path: Path) -> None:
     script, *arguments = program.split()
-    assert f"`examples/{script}`" in README
+    assert f"`examples/{script}`" in page("examples")
     assert shown in run([str(ROOT / "examples" / script), *arguments], tmp_path)

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from kit import guides
 from kit.root import ROOT
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -266,9 +267,9 @@ def test_the_page_is_made_from_the_results() -> None:
     assert all((ROOT / "docs" / name).is_file() for name in drawn.values())
 
 
-def test_the_readme_quotes_the_results() -> None:
+def test_the_guide_quotes_the_results() -> None:
     found = cells.cells_of(*committed())
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition("| task | learning rate |")[2].splitlines()[2:]
+    lines = guides.page("evidence").partition("| task | learning rate |")[2].splitlines()[2:]
     quoted = 0
     for line in itertools.takewhile(str.strip, lines):
         task, rate, *told = line.strip("| ").split(" | ")

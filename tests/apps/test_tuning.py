@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from kit import scripts
-from kit.guides import README, commands
+from kit.guides import commands, page
 from kit.root import ROOT
 
 for package in ("joblib", "submitit"):
@@ -162,8 +162,8 @@ def test_the_grid_of_methods_takes_every_option_of_the_pack(tmp_path: Path) -> N
     options = {file.name.removesuffix(".yaml") for file in PACK.iterdir() if re.match(r"[a-z].*\.yaml", file.name)}
     swept = re.findall(r"^seed (\d) (\w+)$", done.stdout, re.MULTILINE)
     assert sorted(swept) == [(seed, option) for seed in "12" for option in sorted(options - {"none"})], done.stderr
-    # The table in the README is that of this grid.
-    assert {"norm", "monitor"} < set(re.findall(r"^\| gradclip=(\w+) ", README, re.MULTILINE)) <= options
+    # The table in docs/sweeps.md is that of this grid.
+    assert {"norm", "monitor"} < set(re.findall(r"^\| gradclip=(\w+) ", page("sweeps"), re.MULTILINE)) <= options
 
 
 def drawable() -> list[str]:
@@ -220,7 +220,7 @@ def test_sweeps_of_the_readme(command: str, tmp_path: Path) -> None:
     trials = "hparams_search=" in command
     if trials:
         short += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.sampler.n_startup_trials=1"]
-    if trials and "launcher" not in command:  # the README names this one beside its commands
+    if trials and "launcher" not in command:  # the guide names this one beside its commands
         short += ["hydra/launcher=submitit_local"]
     done = run(tmp_path, command, *short)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kit.extras import require_loops
+from kit.guides import page
 from kit.root import ROOT
 
 pytestmark = pytest.mark.processes
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = {
     "hf_trainer.py --steps 20": ("transformers", "gradclip/clip_rate"),
     "hf_accelerate.py": ("accelerate", "'clip_rate': 0.1"),
@@ -38,7 +38,7 @@ def test_the_example_runs(command: str, tmp_path: Path) -> None:
     library, shown = EXAMPLES[command]
     require_loops(library)
     script, *arguments = command.split()
-    assert f"`examples/{script}`" in README
+    assert f"`examples/{script}`" in page("examples")
     assert shown in run(tmp_path, str(ROOT / "examples" / script), *arguments)
 
 

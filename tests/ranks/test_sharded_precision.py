@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from kit import layouts, workers
-from kit.root import ROOT
+from kit.guides import page
 from lightning_gradclip import Clipper, NormClip
 
 # What torch says of its own parts, in one release or another.
@@ -219,7 +219,7 @@ def one_step(
     optimizer.step() if scaler is None else scaler.step(optimizer)
 
 
-# The columns of the README's table and what stands for them here.
+# The columns of the table in docs/distributed.md and what stands for them here.
 COLUMNS = {
     "`ddp`": "ddp",
     "FSDP": "fsdp1_full",
@@ -238,7 +238,7 @@ ROWS: dict[str, list[Callable[[int, str], None]]] = {
 
 def table() -> dict[str, dict[str, str]]:
     """Row to column to cell."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = page("distributed")
     head, _, *lines = ("| precision |" + text.partition("| precision |")[2].partition("\n\n")[0]).splitlines()
     columns = [cell.strip() for cell in head.strip("| ").split(" | ")][1:]
     rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)

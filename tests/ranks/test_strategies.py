@@ -17,7 +17,7 @@ from torch.optim import AdamW
 import lightning_gradclip
 from kit import workers
 from kit.boring import CountingLogger, csv_rows, equal, fit
-from kit.root import ROOT
+from kit.guides import page
 from kit.strategies import WAYS, Fitted, Way, batches, known, quieten_torch, spreading, whole
 from lightning_gradclip import AGC, ClipMethod, EmaClip, GradientClipping, NormClip
 from lightning_gradclip.gradients.ranks import settled
@@ -30,8 +30,7 @@ pytestmark = [
 ]
 
 STEPS = 4
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-# The rows of the README's table and what stands for them here.
+# The rows of the table in docs/distributed.md and what stands for them here.
 ROWS = {
     "`ddp`": ["ddp"],
     '`FSDPStrategy`: `"FULL_SHARD"`, `"SHARD_GRAD_OP"`, `"HYBRID_SHARD"`': [
@@ -217,14 +216,14 @@ def test_what_is_logged(name: str, folder: Path) -> None:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """The README's table of strategies and scopes: row to column to cell."""
-    lines = README.partition("| strategy |")[2].partition("\n\n")[0].splitlines()[2:]
+    """The guide's table of strategies and scopes: row to column to cell."""
+    lines = page("distributed").partition("| strategy |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {row[0]: dict(zip(COLUMNS, row[1:], strict=True)) for row in rows}
 
 
 @pytest.mark.parametrize("row", [row for row, names in ROWS.items() if known(*names)])
-def test_the_readme_says_what_is_refused(row: str, folder: Path) -> None:
+def test_the_guide_says_what_is_refused(row: str, folder: Path) -> None:
     for name in ROWS[row]:
         first = trained(name, folder)[0]
         for column, cell in table()[row].items():

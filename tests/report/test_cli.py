@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -16,8 +15,8 @@ import pytest
 
 import lightning_gradclip
 from kit.extras import needs_report, needs_tensorboard
+from kit.guides import commands
 from kit.histories import record
-from kit.root import ROOT
 from lightning_gradclip.record.files import HEADER_BYTES
 from lightning_gradclip.record.history import STEP, History
 from lightning_gradclip.report.cli import main
@@ -437,16 +436,13 @@ def test_a_reader_who_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
         assert process.wait(60) == 1
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 @needs_report
-@pytest.mark.parametrize("line", re.findall(r"^lightning-gradclip .*", README, re.MULTILINE))
-def test_the_commands_of_the_readme_work(
+@pytest.mark.parametrize("line", commands("lightning-gradclip "))
+def test_the_commands_of_the_guides_work(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("observed", "clipped"):
-        record(tmp_path / "outputs" / name / "gradclip", np.tile(NORMS, 5), 1.0)
+    for folder in ("outputs/observed/gradclip", "outputs/clipped/gradclip", "lightning_logs/version_0/gradclip"):
+        record(tmp_path / folder, np.tile(NORMS, 5), 1.0)
     monkeypatch.chdir(tmp_path)
-    assert main(shlex.split(line.partition("  #")[0])[1:]) == 0
+    assert main(shlex.split(line)[1:]) == 0
     assert capsys.readouterr().err == ""

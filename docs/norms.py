@@ -1,0 +1,64 @@
+"""Draws the pictures of docs/methods.md: what each method does to the same norms.
+
+    python docs/norms.py
+
+Takes seconds; needs the `bench` extra.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+import lightning_gradclip
+from lightning_gradclip import ClipMethod, Clipper
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+DOCS = Path(__file__).parent
+STEPS = 400
+
+
+def stream() -> np.ndarray:
+    """Norms with noise, a spike in 40 steps and a level that doubles in the middle."""
+    random = np.random.default_rng(1)
+    norms = 0.6 * np.exp(0.15 * random.standard_normal(STEPS))
+    norms[STEPS // 2 :] *= 2
+    norms[20::40] *= 6
+    return norms
+
+
+def shown(method: ClipMethod) -> np.ndarray:
+    """Norm before, norm after and limit of each step, (STEPS, 3), for sixteen equal entries beside weights of norm 40."""
+    weight = torch.nn.Parameter(torch.full((16,), 10.0))
+    clipper = Clipper([("weight", weight)], method)
+    rows = []
+    for norm in stream():
+        weight.grad = torch.full((16,), float(norm) / 4)
+        row = clipper.step()
+        rows.append((float(norm), float(weight.grad.norm()), float(row.limit)))
+    return np.array(rows)
+
+
+def draw(name: str, method: ClipMethod) -> None:
+    before, after, limit = shown(method).T
+    figure, axes = pyplot.subplots(figsize=(7, 2), layout="constrained")
+    axes.plot(before, color="0.7", linewidth=1)
+    axes.plot(np.where(np.isfinite(limit) & (limit > 0), limit, np.nan), color="tab:orange", linewidth=1)
+    axes.plot(after, color="tab:blue", linewidth=1)
+    axes.set(yscale="log", xlabel="step", ylabel="norm", xlim=(0, STEPS))
+    figure.savefig(DOCS / f"methods-{name}.png", dpi=100, metadata={"Software": ""})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    for public in lightning_gradclip.__all__:
+        cls = getattr(lightning_gradclip, public)
+        if isinstance(cls, type) and issubclass(cls, ClipMethod) and cls is not ClipMethod:
+            draw(cls.__module__.rpartition(".")[2], cls())
+
+
+if __name__ == "__main__":
+    main()

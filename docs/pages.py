@@ -1,0 +1,122 @@
+"""What mkdocs asks while it builds the site: pages that are made of the package, and links out of this folder.
+
+Named as a hook in mkdocs.yml. Nothing here is listed by hand: methods, options and names are found in the package.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_gradclip"
+OPTIONS = ROOT / "conf" / "callbacks" / "gradclip"
+DOORS = ("accelerate", "fabric", "transformers")
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """mkdocs calls this with the text of each page."""
+    if page.file.src_uri == "api.md":
+        markdown = markdown.replace("<!-- names -->", names())
+    if page.file.src_uri == "methods.md":
+        markdown = markdown.replace("<!-- methods -->", methods())
+    return outward(markdown, config.repo_url)
+
+
+def outward(markdown: str, address: str) -> str:
+    """Links to files beside docs/ lead to the repository."""
+    markdown = re.sub(r"\]\(\.\./([^)]*)\)", rf"]({address}/blob/main/\1)", markdown)
+    # Those of pages that stand in the root of the repository, and are included here.
+    return re.sub(r"\]\((LICENSE|README\.md)\)", rf"]({address}/blob/main/\1)", markdown)
+
+
+def public() -> dict[str, str]:
+    """Each public name and where it stands, from the only list that there is."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    return {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in found
+        if node.module.startswith(PACKAGE.name)
+        for alias in node.names
+        if alias.asname
+    }
+
+
+def names() -> str:
+    parts = [
+        f"## `{name}`\n\n`from lightning_gradclip import {name}`\n\n::: {place}\n    options:\n      heading_level: 3\n"
+        for name, place in sorted(public().items())
+    ]
+    doors = [f"## `lightning_gradclip.{name}`\n\n::: {place}\n" for name in DOORS for place in opened(name)]
+    return "\n".join(parts + doors)
+
+
+def opened(door: str) -> list[str]:
+    """What a door for a library gives: the names that it imports from the rooms."""
+    tree = ast.parse((PACKAGE / f"{door}.py").read_text(encoding="utf-8"))
+    return [
+        f"{node.module}.{alias.name}\n    options:\n      heading_level: 3\n"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(PACKAGE.name)
+        for alias in node.names
+    ]
+
+
+def methods() -> str:
+    places = {
+        place.rpartition(".")[0].rpartition(".")[2]: name for name, place in public().items() if ".methods." in place
+    }
+    return "\n".join(card(module, name) for module, name in places.items() if (OPTIONS / f"{module}.yaml").is_file())
+
+
+def card(module: str, name: str) -> str:
+    """Formula and source from the docstring of the module, the picture, the option."""
+    text = ast.get_docstring(ast.parse((PACKAGE / "methods" / f"{module}.py").read_text(encoding="utf-8"))) or ""
+    first, _, rest = text.partition("\n")
+    option = (OPTIONS / f"{module}.yaml").read_text(encoding="utf-8").rstrip()
+    return "\n".join(
+        [
+            f"## `{name}`",
+            f"\n**{first}**\n",
+            labelled(rest),
+            f"\n![Norms before and after {name} at its defaults](methods-{module}.png)\n",
+            f"`+callbacks/gradclip={module}`:\n\n```yaml\n{option}\n```\n",
+            f"Arguments in Python: [`{name}`](api.md#{name.lower()}).\n",
+        ]
+    )
+
+
+def labelled(text: str) -> str:
+    """The docstring as Markdown: its first words in bold, its lists as lists, `a * b` as it is."""
+    text = text.replace("*", r"\*").replace("(1 - ", "(1\u00a0- ")
+    text = re.sub(r"(?<!\n)\n- (.*?)(?=\n- |\n[A-Z])", r"\n\n- \1", text, flags=re.DOTALL)
+    return re.sub(r"^([A-Z][a-z ]+):", r"**\1:**", text, flags=re.MULTILINE)
+
+
+def runs() -> dict[str, list[str]]:
+    """The pages of the gallery and the commands that make them, from the table in gallery.md."""
+    table = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[.*\]\(gallery/(\w+)\.html\) \| `python ([^`]+)`", table, re.MULTILINE)
+    return {name: shlex.split(command) for name, command in rows}
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """mkdocs calls this with the files of the site: those of the gallery are added, made where they are not yet."""
+    for name, command in runs().items():
+        page = ROOT / "outputs" / "gallery" / f"{name}.html"
+        if not page.is_file():
+            folder = page.with_suffix("")
+            execute(*command, f"hydra.run.dir={folder}")
+            execute("-m", "lightning_gradclip", "report", str(folder), "--out", str(page))
+        files.append(File.generated(config, f"gallery/{name}.html", abs_src_path=str(page)))
+    return files
+
+
+def execute(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
