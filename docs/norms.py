@@ -31,7 +31,7 @@ def stream() -> np.ndarray:
 
 
 def shown(method: ClipMethod) -> np.ndarray:
-    """Norm before, norm after and limit of each step, (STEPS, 3), for sixteen equal entries beside weights of norm 40."""
+    """Norm before, norm after and limit of each step, (STEPS, 3), of sixteen entries beside weights of norm 40."""
     weight = torch.nn.Parameter(torch.full((16,), 10.0))
     clipper = Clipper([("weight", weight)], method)
     rows = []

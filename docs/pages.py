@@ -25,7 +25,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         markdown = markdown.replace("<!-- names -->", names())
     if page.file.src_uri == "methods.md":
         markdown = markdown.replace("<!-- methods -->", methods())
-    return outward(markdown, config.repo_url)
+    return outward(markdown, config.extra["repository"])
 
 
 def outward(markdown: str, address: str) -> str:
@@ -49,23 +49,22 @@ def public() -> dict[str, str]:
 
 
 def names() -> str:
-    parts = [
-        f"## `{name}`\n\n`from lightning_gradclip import {name}`\n\n::: {place}\n    options:\n      heading_level: 3\n"
-        for name, place in sorted(public().items())
+    """Every public name, then what the doors for single libraries open."""
+    doors = [
+        f"## `lightning_gradclip.{door}`\n\n" + "\n".join(shown(place, 3) for place in opened(door)) for door in DOORS
     ]
-    doors = [f"## `lightning_gradclip.{name}`\n\n::: {place}\n" for name in DOORS for place in opened(name)]
-    return "\n".join(parts + doors)
+    return "\n".join([*(shown(place, 2) for _, place in sorted(public().items())), *doors])
+
+
+def shown(place: str, level: int) -> str:
+    return f"::: {place}\n    options:\n      heading_level: {level}\n"
 
 
 def opened(door: str) -> list[str]:
-    """What a door for a library gives: the names that it imports from the rooms."""
+    """What a door gives: the names that it imports from the rooms."""
     tree = ast.parse((PACKAGE / f"{door}.py").read_text(encoding="utf-8"))
-    return [
-        f"{node.module}.{alias.name}\n    options:\n      heading_level: 3\n"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(PACKAGE.name)
-        for alias in node.names
-    ]
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    return [f"{node.module}.{alias.name}" for node in found for alias in node.names]
 
 
 def methods() -> str:
@@ -87,7 +86,7 @@ def card(module: str, name: str) -> str:
             labelled(rest),
             f"\n![Norms before and after {name} at its defaults](methods-{module}.png)\n",
             f"`+callbacks/gradclip={module}`:\n\n```yaml\n{option}\n```\n",
-            f"Arguments in Python: [`{name}`](api.md#{name.lower()}).\n",
+            f"Arguments in Python: [`{name}`][lightning_gradclip.methods.{module}.{name}].\n",
         ]
     )
 
