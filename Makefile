@@ -3,6 +3,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Errors are shown, and nothing else.
+PIP := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help docs docs-build test-versions demo sweep bench study study-full test test-fast test-loops mutants test-packaging test-products lint types check format dist clean
@@ -12,7 +14,7 @@ help:  ## list the targets
 
 demo: $(VENV)/.ready  ## train a recurrent network on English text, clipped, logged and reported (about two minutes)
 	@echo "==> Training the demo; try also: $(BIN)/python examples/train.py --help"
-	$(BIN)/python examples/train.py
+	@$(BIN)/python examples/train.py
 
 sweep: $(VENV)/.ready  ## train with each method and three seeds, and print the table of results (about five minutes)
 	@echo "==> Training 36 times, as many at once as there are cores; multirun/ keeps the logs"
@@ -103,18 +105,18 @@ clean:  ## remove the environment and everything that was written
 $(VENV)/.venv:
 	@echo "==> Making a virtual environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or later is needed, {sys.executable} is {v}; run make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) tests/peers.txt
 	@echo "==> Installing the package and what it needs (torch is large: this can take minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/peers.txt
+	@$(BIN)/python $(PIP) --constraint $(CONSTRAINTS) --editable '.[test]'
+	@$(BIN)/python $(PIP) --no-deps --requirement tests/peers.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "==> Installing the development tools"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@$(BIN)/python $(PIP) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 # An environment over the other one, so that the other tests run as where none of these libraries is installed.
@@ -122,15 +124,15 @@ $(VENV)/.ready-loops: $(VENV)/.ready tests/loops.txt
 	@echo "==> Installing the libraries whose loops are tried"
 	$(BIN)/python -m venv --clear $(VENV)/loops
 	$(VENV)/loops/bin/python -c 'import sys, sysconfig as s; below = sys.argv[1]; print(f"import site; site.addsitedir({below!r})", file=open(s.get_path("purelib") + "/below.pth", "w"))' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-	$(VENV)/loops/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/loops.txt
+	@$(VENV)/loops/bin/python $(PIP) --no-deps --requirement tests/loops.txt
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready
 	@echo "==> Installing what the site needs"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'
+	@$(BIN)/python $(PIP) --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready
 	@echo "==> Installing what the benchmarks need"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[bench]'
+	@$(BIN)/python $(PIP) --constraint $(CONSTRAINTS) --editable '.[bench]'
 	@touch $@

@@ -93,8 +93,9 @@ def card(module: str, name: str) -> str:
 
 def labelled(text: str) -> str:
     """The docstring as Markdown: its first words in bold, its lists as lists, `a * b` as it is."""
-    text = text.replace("*", r"\*").replace("(1 - ", "(1\u00a0- ")
-    text = re.sub(r"(?<!\n)\n- (.*?)(?=\n- |\n[A-Z])", r"\n\n- \1", text, flags=re.DOTALL)
+    text = re.sub(r"\n(?=- )(?<!\n\n)", "\n\n", text.replace("*", r"\*"))
+    # What follows a list begins at the margin, with a capital.
+    text = re.sub(r"(\n- [^\n]*(?:\n  [^\n]*)*)\n(?=[A-Z])", r"\1\n\n", text)
     return re.sub(r"^([A-Z][a-z ]+):", r"**\1:**", text, flags=re.MULTILINE)
 
 
