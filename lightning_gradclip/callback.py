@@ -260,8 +260,7 @@ class GradientClipping(KnownArguments, Callback):
         self._clippers.refuse_others(self._options.method)
         moved = self._recognise(trainer, pl_module)
         self._publisher = self._publishing(several=several)
-        if self._logs:
-            self._publisher.attend(trainer, self._clippers)
+        self._publisher.attend(trainer, self._clippers)
         keeping = histories(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
         self._keeps = keeping is not None
         norms = self._recorder.state_dict()
@@ -323,8 +322,7 @@ class GradientClipping(KnownArguments, Callback):
         if lightning.looks_now(trainer, self.log_every_n_steps):
             # At the last batch too, before its checkpoint, so that a resumed run does not log these steps again.
             norms = self._recorder.take_norms()
-            if self._logs:
-                self._publisher.publish(trainer, self._clippers, lightning.batches(trainer), norms)
+            self._publisher.publish(trainer, self._clippers, lightning.batches(trainer), norms)
             if self._watch is not None:
                 self._watch.look_again(lightning.batches(trainer))
 
@@ -389,8 +387,8 @@ class GradientClipping(KnownArguments, Callback):
         return self._progress.of_step(index, accumulated)
 
     def _publishing(self, *, several: bool) -> Publisher:
-        every, in_bar = self.log_every_n_steps, self.prog_bar
-        return Publisher(self.name, every=every, prog_bar=in_bar, several=several, old_names=self.old_names)
+        where: dict[str, bool] = {"logs": self._logs, "prog_bar": self.prog_bar, "old_names": self.old_names}
+        return Publisher(self.name, every=self.log_every_n_steps, several=several, **where)
 
     def _clipper(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, index: int) -> Clipper:
         if index in self._clippers:
@@ -419,8 +417,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._clippers:
             norms = self._recorder.take_norms()
             self._recorder.close()
-            if self._logs:
-                self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
+            self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
         self._publisher.leave(trainer)
 
 

@@ -250,7 +250,7 @@ class Clipper(Recorded):
         Raises:
             ValueError: If a scaler is given and the clipper has no optimizer.
             FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
-                `max_consecutive_skips` steps in a row were dropped without a GradScaler.
+                `max_consecutive_skips` steps in a row were dropped, overflows of a GradScaler aside.
             RuntimeError: If ranks have different gradients of what they hold under one name.
         """
         looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed

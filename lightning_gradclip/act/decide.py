@@ -83,7 +83,7 @@ class Actor:
                 # A scaler without any gradient to look at refuses to step.
                 scaling.unscale_(scaler, self._optimizer)
             excess = partial(outcome.excess, self._limiter.scopes)
-            return self._drop(outcome, row, excess, step, scaled=scaler is not None)
+            return self._drop(outcome, row, excess, step)
         if row.changed:
             self._write(outcome, None, scaled=scaler is not None)
         if self._skips.in_a_row or self._skips.noted is not None:
@@ -111,7 +111,7 @@ class Actor:
         if self._policy.nonfinite == "raise":
             return Verdict(outcome, row, partial(skips.fail, step, self._culprits()), refused=True)
         if self._policy.nonfinite == "skip":
-            return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step, scaled=False)
+            return self._drop(outcome, row, lambda: f"non-finite gradients in {self._culprits()}", step)
         write.zero_nonfinite_(self._selection.params)
         outcome = self._limiter.judge(
             read.gradients_of(self._selection, settled=True), step, on_host=True, detailed=detailed
@@ -119,7 +119,7 @@ class Actor:
         row = outcome.row if isinstance(outcome.row, Row) else row
         if self._policy.action == "skip" and row.clipped:
             excess = partial(outcome.excess, self._limiter.scopes)
-            return self._drop(outcome, amended(row, finite=0.0), excess, step, scaled=False)
+            return self._drop(outcome, amended(row, finite=0.0), excess, step)
         if row.changed:
             self._write(outcome, None, scaled=False)
         self._skips.reset()
@@ -131,10 +131,10 @@ class Actor:
         elif self._writes and outcome.change is not None:
             outcome.change.apply(self._selection.params, triton=self._triton)
 
-    def _drop(self, outcome: Outcome, row: Row, why: Callable[[], str], step: int, *, scaled: bool) -> Verdict:
-        reason = why() if self._skips.speaks(bounded=not scaled) else ""
+    def _drop(self, outcome: Outcome, row: Row, why: Callable[[], str], step: int) -> Verdict:
+        reason = why() if self._skips.speaks() else ""
         write.drop_(self._selection.owned)
-        count = partial(self._skips.add, step, reason, warn=ranks.is_first_rank(), bounded=not scaled)
+        count = partial(self._skips.add, step, reason, warn=ranks.is_first_rank())
         return Verdict(outcome, dropped(row), count)
 
     def _culprits(self) -> str:

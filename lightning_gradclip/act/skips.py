@@ -62,17 +62,16 @@ class Skips:
             self.noted = None
             self._require_few(longest, step, "not finite or over the limit")
 
-    def speaks(self, *, bounded: bool) -> bool:
+    def speaks(self) -> bool:
         """Whether the next `add` says why: finding out costs more than counting."""
-        return not self._warned or (bounded and self.most is not None and self.in_a_row >= self.most)
+        return not self._warned or (self.most is not None and self.in_a_row >= self.most)
 
-    def add(self, step: int, reason: str, *, warn: bool, bounded: bool) -> None:
-        """Count one dropped step; without a bound under a GradScaler, which finds its scale by overflowing."""
+    def add(self, step: int, reason: str, *, warn: bool) -> None:
+        """Count one dropped step; none that a GradScaler drops, which finds its scale by overflowing."""
         if self.noted is not None:
             self.note(torch.ones_like(self.noted[0]))
         self.in_a_row = self.in_a_row + 1 if self.noted is None else self.count()
-        if bounded:
-            self._require_few(self.in_a_row, step, reason)
+        self._require_few(self.in_a_row, step, reason)
         first, self._warned = not self._warned, True
         if first and warn:
             warnings.warn(

@@ -21,11 +21,14 @@ _ALWAYS = ("norm", "norm_clipped", "norm_max", "clip_rate")
 class Publisher:
     """Aggregates the windows of clippers and publishes them under one name, with `several` by optimizer.
 
-    With `old_names` norms of scopes begin with `name/norm/`.
+    Without `logs` they are shown in the progress bar only. With `old_names` norms of scopes begin with `name/norm/`.
     """
 
-    def __init__(self, name: str, *, every: int | None, prog_bar: bool, several: bool, old_names: bool) -> None:
-        self._name, self._every, self._prog_bar, self._several = name, every, prog_bar, several
+    def __init__(
+        self, name: str, *, every: int | None, logs: bool, prog_bar: bool, several: bool, old_names: bool
+    ) -> None:
+        self._name, self._every, self._several = name, every, several
+        self._logs, self._prog_bar = logs, prog_bar
         self._old_names = old_names
         # By optimizer what monitors are told of its latest window; what they were told last, and of which steps.
         self._told: dict[int, dict[str, float]] = {}
@@ -37,7 +40,8 @@ class Publisher:
 
         Just after a log event, the steps before it.
         """
-        asked.attend(trainer, self._prefixes, partial(self._refresh, clippers))
+        if self._logs:
+            asked.attend(trainer, self._prefixes, partial(self._refresh, clippers))
 
     def leave(self, trainer: Trainer, *, device_answers: bool = True) -> None:
         """Leave the metrics as they are now, or as they were when somebody asked last if the device is lost."""
@@ -45,6 +49,8 @@ class Publisher:
 
     def publish(self, trainer: Trainer, clippers: Clippers, step: int, norms: Mapping[int, Tensor]) -> None:
         """End the windows and write them on Lightning's own step axis, and by optimizer a histogram of these norms."""
+        if not (self._logs or self._prog_bar):
+            return
         metrics: dict[str, float] = {}
         for index, clipper in _served(clippers):
             had_steps, numbers = clipper.has_news, clipper.take()
@@ -55,7 +61,7 @@ class Publisher:
         if self._prog_bar:
             self._show_in_bar(trainer)
         every = trainer.log_every_n_steps if self._every is None else self._every  # type: ignore[attr-defined]
-        if every and trainer.is_global_zero:
+        if every and self._logs and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
                 for index, values in norms.items():
@@ -63,7 +69,7 @@ class Publisher:
 
     def publish_rest(self, trainer: Trainer, clippers: Clippers, step: int, norms: Mapping[int, Tensor]) -> None:
         """The same after the last log event, where Lightning does not save the loggers any more."""
-        if any(clipper.has_news for clipper in clippers.values()):
+        if self._logs and any(clipper.has_news for clipper in clippers.values()):
             self.publish(trainer, clippers, step, norms)
             if trainer.is_global_zero:
                 for logger in trainer.loggers:

@@ -291,11 +291,11 @@ def test_what_the_gradients_still_carry() -> None:
     assert not amp.is_unscaled(loop.scaler, loop.optimizer)
 
 
-def test_over_limit_skips_do_not_end_a_run_under_a_scaler() -> None:
+def test_over_limit_skips_end_a_run_under_a_scaler_too() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
-    options = {"action": "skip", "max_consecutive_skips": 1, "optimizer": optimizer}
+    options = {"action": "skip", "max_consecutive_skips": 3, "optimizer": optimizer}
     clipper = Clipper([("p", parameter)], NormClip(), **options)
 
     def step() -> bool:
@@ -307,7 +307,15 @@ def test_over_limit_skips_do_not_end_a_run_under_a_scaler() -> None:
 
     with pytest.warns(RuntimeWarning, match="over its limit"):
         assert step()
-    assert all(step() for _ in range(3))
+    assert all(step() for _ in range(2))
+    # What the scaler drops to find its scale is none of them.
+    scaler.scale(math.inf * parameter.sum()).backward()
+    assert clipper.step(scaler).overflow.item()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with pytest.raises(FloatingPointError, match=r"4 optimizer steps in a row were dropped.*over its limit"):
+        step()
     assert parameter.item() == 0.0
     assert clipper.metrics()["skipped"] == 4.0
 

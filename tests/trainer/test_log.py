@@ -282,6 +282,16 @@ def test_the_progress_bar_shows_norm_and_rate(capfd: pytest.CaptureFixture[str])
     assert "gradclip/clip_rate=" in printed
 
 
+def test_the_progress_bar_shows_them_without_a_log_too(tmp_path: Path) -> None:
+    given, seen = gradients(4), Seen()
+    csv, board = loggers(tmp_path)
+    options = {"logger": [csv, board], "log_every_n_steps": 2}
+    trainer = fit(Prescribed(), given, clipping(prog_bar=True, log=False), seen, **options)
+    assert seen.in_bar[3]["gradclip/norm"] == pytest.approx(sum(map(norm, given[2:])) / 2, rel=1e-6)
+    assert csv_rows(csv) == []
+    assert not any(key.startswith("gradclip") for key in trainer.callback_metrics)
+
+
 def test_the_progress_bar_is_left_alone_by_default() -> None:
     seen = Seen()
     fit(Prescribed(), gradients(4), clipping(), seen, log_every_n_steps=1)
