@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_gradclip"
 OPTIONS = ROOT / "conf" / "callbacks" / "gradclip"
@@ -108,6 +106,8 @@ def runs() -> dict[str, list[str]]:
 
 def on_files(files: Any, *, config: Any) -> Any:
     """mkdocs calls this with the files of the site: those of the gallery are added, made where they are not yet."""
+    from mkdocs.structure.files import File  # here, so that the rest needs nothing but Python
+
     for name, command in runs().items():
         page = ROOT / "outputs" / "gallery" / f"{name}.html"
         if not page.is_file():

@@ -1,14 +1,20 @@
 """What the repository shows of itself: one address everywhere, forms that ask for commands that exist."""
 
+import importlib
 import re
 import subprocess
 import sys
 
 import pytest
 
+import lightning_gradclip
 from kit.guides import README, page
 from kit.root import ROOT
+from lightning_gradclip import ClipMethod
 from lightning_gradclip.report import cli
+
+sys.path.append(str(ROOT / "docs"))
+pages = importlib.import_module("pages")
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,3 +63,32 @@ def test_the_table_of_versions_is_made_of_the_results() -> None:
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "not yet run" in made
     assert made.strip() in page("versions")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = set(re.findall(r"^::: [\w.]+\.(\w+)$", pages.names(), re.MULTILINE))
+    assert shown > set(lightning_gradclip.__all__)
+
+
+def test_every_method_has_a_card_with_its_rule_its_picture_and_its_option() -> None:
+    cards = pages.methods().split("\n## ")
+    methods = {name for name in lightning_gradclip.__all__ if is_a_method(getattr(lightning_gradclip, name))}
+    assert {re.search(r"`(\w+)`", card)[1] for card in cards} == methods
+    for card in cards:
+        assert "**Rule:**" in card
+        assert "_target_: lightning_gradclip." in card
+        (picture,) = re.findall(r"\((methods-\w+\.png)\)", card)
+        assert (ROOT / "docs" / picture).is_file()
+
+
+def is_a_method(public: object) -> bool:
+    return isinstance(public, type) and issubclass(public, ClipMethod) and public is not ClipMethod
+
+
+def test_conda_asks_for_what_pip_asks_for() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    recipe = (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8")
+    run = re.findall(
+        r"^    - ([\w-]+ >=[\d.]+)$", recipe.partition("  run:\n")[2].partition("\ntest:")[0], re.MULTILINE
+    )
+    assert {one.replace(" ", "").replace("pytorch>", "torch>") for one in run} == set(asked)
