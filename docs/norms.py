@@ -1,10 +1,11 @@
 """Draws the pictures of docs/methods.md: what each method does to the same norms.
 
-    python docs/norms.py
+    python docs/norms.py FOLDER
 
-Takes seconds; needs the `bench` extra.
+Takes seconds; needs the `bench` extra. The build of the site runs it.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,6 @@ from lightning_gradclip import ClipMethod, Clipper
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-DOCS = Path(__file__).parent
 STEPS = 400
 
 
@@ -42,22 +42,24 @@ def shown(method: ClipMethod) -> np.ndarray:
     return np.array(rows)
 
 
-def draw(name: str, method: ClipMethod) -> None:
+def draw(method: ClipMethod, path: Path) -> None:
     before, after, limit = shown(method).T
     figure, axes = pyplot.subplots(figsize=(7, 2), layout="constrained")
     axes.plot(before, color="0.7", linewidth=1)
     axes.plot(np.where(np.isfinite(limit) & (limit > 0), limit, np.nan), color="tab:orange", linewidth=1)
     axes.plot(after, color="tab:blue", linewidth=1)
     axes.set(yscale="log", xlabel="step", ylabel="norm", xlim=(0, STEPS))
-    figure.savefig(DOCS / f"methods-{name}.png", dpi=100, metadata={"Software": ""})
+    figure.savefig(path, dpi=100, metadata={"Software": ""})
     pyplot.close(figure)
 
 
 def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
     for public in lightning_gradclip.__all__:
         cls = getattr(lightning_gradclip, public)
         if isinstance(cls, type) and issubclass(cls, ClipMethod) and cls is not ClipMethod:
-            draw(cls.__module__.rpartition(".")[2], cls())
+            draw(cls(), folder / f"methods-{cls.__module__.rpartition('.')[2]}.png")
 
 
 if __name__ == "__main__":

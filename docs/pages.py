@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_gradclip"
 OPTIONS = ROOT / "conf" / "callbacks" / "gradclip"
+MADE = ROOT / "outputs" / "docs"  # what programs make for the site
 DOORS = ("accelerate", "fabric", "transformers")
 
 
@@ -105,17 +106,29 @@ def runs() -> dict[str, list[str]]:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """mkdocs calls this with the files of the site: those of the gallery are added, made where they are not yet."""
+    """mkdocs calls this with the files of the site: what is made by programs is added."""
     from mkdocs.structure.files import File  # here, so that the rest needs nothing but Python
 
-    for name, command in runs().items():
-        page = ROOT / "outputs" / "gallery" / f"{name}.html"
-        if not page.is_file():
-            folder = page.with_suffix("")
-            execute(*command, f"hydra.run.dir={folder}")
-            execute("-m", "lightning_gradclip", "report", str(folder), "--out", str(page))
-        files.append(File.generated(config, f"gallery/{name}.html", abs_src_path=str(page)))
+    for path in (*pictures(), *gallery()):
+        place = path.relative_to(MADE).as_posix()
+        files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def pictures() -> list[Path]:
+    """What each method does to the same norms, drawn anew."""
+    execute("docs/norms.py", str(MADE))
+    return sorted(MADE.glob("methods-*.png"))
+
+
+def gallery() -> list[Path]:
+    """The pages of the gallery, made where they are not yet."""
+    made = {MADE / "gallery" / f"{name}.html": command for name, command in runs().items()}
+    for page, command in made.items():
+        if not page.is_file():
+            execute(*command, f"hydra.run.dir={page.with_suffix('')}")
+            execute("-m", "lightning_gradclip", "report", str(page.with_suffix("")), "--out", str(page))
+    return list(made)
 
 
 def execute(*arguments: str) -> None:
