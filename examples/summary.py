@@ -72,6 +72,8 @@ def conclude(config: DictConfig, data: LightningDataModule, trainer: Trainer, st
         written = report(trainer)
         rows["report"] = short(written) if Path(written).is_file() else written
     show("Outcome", rows)
+    if Path(rows.get("report", "")).is_file():
+        say(f"{'Clipping changed ' + rows['clipped'] if 'clipped' in rows else 'Every step'}: {rows['report']}")
     if stopped:
         say(f"Training diverged and stopped: {stopped}")
     elif exploded:
