@@ -95,13 +95,16 @@ class TestStepStats:
         assert (stats.norm.item(), stats.norm_clipped.item(), stats.limit.item()) == (5.0, 5.0, math.inf)
         assert (stats.coef.item(), stats.clipped.item()) == (1.0, 0.0)
 
-    def test_fields_are_0d_float64_or_bool(self) -> None:
+    def test_fields_are_0d_float64_or_bool_and_read_only(self) -> None:
         stats = Clipper(named({"a": torch.tensor([3.0])}), NormClip()).step()
         for name in ("norm", "norm_clipped", "limit", "coef", "clipped"):
             field = getattr(stats, name)
             assert (field.shape, field.dtype) == (torch.Size([]), torch.float64)
         for name in ("finite", "skipped"):
             assert getattr(stats, name).dtype == torch.bool
+        for name in ("row", "norm", "sizes", "limits", "scopes"):
+            with pytest.raises(AttributeError):
+                setattr(stats, name, getattr(stats, name))
 
     def test_a_row_on_a_device_gives_the_same_fields(self) -> None:
         stats = Clipper(named({"a": torch.tensor([3.0])}), NormClip()).step()
