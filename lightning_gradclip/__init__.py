@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_gradclip.record.history_writer import HistoryWriter as HistoryWriter
     from lightning_gradclip.record.step import Row as Row
     from lightning_gradclip.record.step import StepStats as StepStats
+    from lightning_gradclip.report.compare import Compared as Compared
+    from lightning_gradclip.report.compare import compare as compare
     from lightning_gradclip.report.spikes import Spike as Spike
     from lightning_gradclip.report.spikes import spikes as spikes
 else:

@@ -22,6 +22,7 @@ from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
+from lightning_gradclip.trainer.closing import Closing
 from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
@@ -74,6 +75,7 @@ class GradientClipping(KnownArguments, Callback):
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
         triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
             place of torch's function; also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
+        summary: Whether rank zero says at the end of a fit what its steps were, a limit, and where the history is.
         relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
             steps, counters, metrics and histories go on all the same.
 
@@ -109,6 +111,7 @@ class GradientClipping(KnownArguments, Callback):
         old_names: bool = False,
         scale_free: str = "warn",
         triton: bool = False,
+        summary: bool = True,
         relearn: bool = False,
     ) -> None:
         self._options = Options(
@@ -143,6 +146,7 @@ class GradientClipping(KnownArguments, Callback):
         if histograms and not log:
             raise ValueError("histograms=True with log=False logs nothing; use log=True, or histograms=False")
         self.old_names = checks.flag("old_names", old_names)
+        self.summary = checks.flag("summary", summary)
         self.relearn = checks.flag("relearn", relearn)
         self._last_batch = 0
         self._had_backward = False
@@ -270,6 +274,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._handover is not None:
             self._delegated = Delegated(trainer, self._handover.limit, self._recorder.readers(0))
             self._clippers.take_up(self._delegated, 0)
+            self._closing.attend(self._delegated, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._had_backward = False
@@ -344,6 +349,7 @@ class GradientClipping(KnownArguments, Callback):
             lost = isinstance(exception, RuntimeError) and not isinstance(exception, torch.OutOfMemoryError)
             self._recorder.close(device_answers=not lost)
             self._publisher.leave(trainer, device_answers=not lost)
+            self._closing.say(self.name, self._recorder.folders, self._options)
 
     @conflicts.refused_with_name
     def state_dict(self) -> dict[str, Any]:
@@ -371,6 +377,7 @@ class GradientClipping(KnownArguments, Callback):
         # Keeps the norms of a checkpoint until that of the fit takes over.
         self._recorder = Recorder(self._clippers, None, histograms=True)
         self._progress, self._keeps = Progress(), False
+        self._closing = Closing(speaks=self.summary)
         self._watch: Watch | None = None
         # Of which optimizers others write the gradients after this callback.
         self._disclaimed: set[int] = set()
@@ -403,6 +410,7 @@ class GradientClipping(KnownArguments, Callback):
         if index in self._disclaimed:
             clipper.disclaim()
         self._clippers.take_up(clipper, index)
+        self._closing.attend(clipper, index)
         return clipper
 
     def _recognise(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, int]:
@@ -419,6 +427,7 @@ class GradientClipping(KnownArguments, Callback):
             self._recorder.close()
             self._publisher.publish_rest(trainer, self._clippers, self._last_batch, norms)
         self._publisher.leave(trainer)
+        self._closing.say(self.name, self._recorder.folders, self._options)
 
 
 # Lightning imports torch's compiler in any case.

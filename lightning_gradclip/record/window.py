@@ -156,6 +156,10 @@ class Window:
         self._aggregate.reset()
         self._by_scope = {}
 
+    def tell(self, reader: Reader) -> None:
+        """Tell one more reader of the steps from now on, for whom nothing is looked up beside their rows."""
+        self._readers += (reader,)
+
     @property
     def has_readers(self) -> bool:
         """Whether anybody is told of the steps."""
@@ -265,6 +269,10 @@ class Recorded:
     def is_on_device(self) -> bool:
         """Whether looking at its steps makes the host wait for a device other than the CPU."""
         return self._window.is_on_device
+
+    def tell(self, reader: Reader) -> None:
+        """Tell this reader of the rows of all steps from now on, many at a time."""
+        self._window.tell(reader)
 
     def look(self) -> None:
         """Tell all readers of the steps that they have not seen."""

@@ -1,25 +1,30 @@
 """Which limits a recorded run suggests, how many steps each would clip, and what to write to use it."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import yaml
 
+from lightning_gradclip.record.rule import LEAST, SHARE, limit_for
 from lightning_gradclip.report import RunError
-from lightning_gradclip.report.replay import Places, moments, quantile_limits, what_if
+from lightning_gradclip.report.replay import Places, moments, quantile_limits
 from lightning_gradclip.report.run import Flags, Numbers, Run
 from lightning_gradclip.report.words import number, percent
 
-# Fewer steps say nothing; a share is only told from a run in which at least ten steps are beyond it.
-_LEAST, _LEAST_OVER = 100, 10
+# A share is only told from a run in which at least ten steps are beyond it.
+_LEAST_OVER = 10
 # An adaptive limit is looked at in so many steps of a long run, evenly spread: that is +- 0.4 points at a share of 0.1.
 _SAMPLED = 20_000
 # A run is cut into so many parts to see how much its clip rate varies.
 _PARTS = 20
+_USE = (
+    "Use one of them. Hydra: without the + where your defaults list already has callbacks/gradclip. Keep the\n"
+    "include= and exclude= of the recorded run: its norms are those of the parameters that they select."
+)
 
 
 @dataclass(frozen=True)
@@ -28,29 +33,68 @@ class Proposal:
 
     method: str  # name of the class
     option: str  # of its Hydra option
-    arguments: Mapping[str, float]  # those that are not the default
+    arguments: Mapping[str, float | str]  # those that are not the default
     rate: float  # share of the recorded steps that it would have clipped
     uncertain: float  # half the width of the 95 % interval of the rate
     early: float  # the same share in the first third of the run
     late: float  # in the last
 
 
-def advice(run: Run, rates: Sequence[float] = (0.01, 0.1), from_step: int | None = None) -> str:
+def advice(run: Run, rates: Sequence[float] = (SHARE, 0.01), from_step: int | None = None) -> str:
     """What to tell about a run, from `from_step` on, ready to be printed; `rates` of its steps shall be clipped."""
-    sizes = usable_sizes(run, from_step)
+    sizes, per = usable_sizes(run, from_step), _own_scopes(run)
     blocks = [_about(run, sizes, from_step)]
+    if per is not None and run.settings is not None and run.settings["measure_per"] == per:
+        return "\n\n".join([*blocks, *_of_scopes(run, per, rates, from_step), _USE])
+    if per is not None:
+        blocks.append(
+            f'It was clipped with per="{per}", which limits the norm of each {per} by itself. What follows are limits\n'
+            f'on the whole norm; for those of a {per} record with measure_per="{per}".'
+        )
     for rate in rates:
         if len(sizes) * rate < _LEAST_OVER:
-            needed = math.ceil(_LEAST_OVER / rate)
-            blocks.append(f"To clip {percent(rate)} of the steps: too few to tell, {needed:,} steps are needed.")
+            blocks.append(_too_few(rate))
             continue
-        written = "\n".join(_written(one, run) for one in proposals(sizes, rate) if one.arguments.get("k") != 0)
+        written = "\n".join(_written(one, run, rate) for one in proposals(sizes, rate))
         blocks.append(f"To clip about {percent(rate)} of the steps:\n{written}")
-    blocks.append(
-        "Use one of them. Hydra: without the + where your defaults list already has callbacks/gradclip. Keep the\n"
-        "include= and exclude= of the recorded run: its norms are those of the parameters that they select."
-    )
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, _USE])
+
+
+def _too_few(rate: float) -> str:
+    needed = math.ceil(_LEAST_OVER / rate)
+    return f"To clip {percent(rate)} of the steps: too few to tell, {needed:,} steps are needed."
+
+
+def _own_scopes(run: Run) -> str | None:
+    """What the run limited one by one, such as "layer"; None for the whole model, or where nobody knows."""
+    method = run.settings["method"] if run.settings else None
+    per = method["settings"].get("per", "model") if method else "model"
+    return per if per in ("group", "layer", "parameter") else None
+
+
+def _of_scopes(run: Run, per: str, rates: Sequence[float], from_step: int | None) -> Iterator[str]:
+    """One limit for the norm of every scope: a step is clipped if the largest of them is over it."""
+    largest = largest_scopes(run, from_step)
+    for rate in rates:
+        if len(largest) * rate < _LEAST_OVER:
+            yield _too_few(rate)
+            continue
+        one = proposals(largest, rate)[0]
+        of_scopes = replace(one, arguments={**one.arguments, "per": per})
+        yield (
+            f"To clip a {per} in about {percent(rate)} of the steps:\n{_written(of_scopes, run, rate)}\n"
+            f"  Learned limits follow each {per} by itself; which of them would clip so much is not told here."
+        )
+
+
+def largest_scopes(run: Run, from_step: int | None = None) -> Numbers:
+    """At each step with a finite norm the largest norm of a scope, `(n,)`; those above zero."""
+    largest = np.full(len(run), np.nan)
+    for part in run.parts:
+        rows = slice(part.first_row, part.first_row + len(part.norms))
+        largest[rows] = np.fmax.reduce(part.norms, axis=1)
+    chosen = np.isfinite(run.norm) & np.isfinite(largest) & (largest > 0)
+    return largest[chosen if from_step is None else chosen & (run.step >= from_step)]
 
 
 def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
@@ -63,16 +107,16 @@ def usable_sizes(run: Run, from_step: int | None = None) -> Numbers:
     chosen = np.isfinite(run.norm) & (run.norm > 0)
     if from_step is not None:
         chosen &= run.step >= from_step
-    if (found := int(chosen.sum())) < _LEAST:
+    if (found := int(chosen.sum())) < LEAST:
         raise RunError(
-            f"{run.name} holds {found} steps with a finite norm, too few for advice; record at least {_LEAST}"
+            f"{run.name} holds {found} steps with a finite norm, too few for advice; record at least {LEAST}"
         )
     return run.norm[chosen]
 
 
 def proposals(sizes: Numbers, rate: float) -> list[Proposal]:
     """A fixed limit and two adaptive ones that clip about this share of finite norms > 0, `(n,)`, in their order."""
-    max_norm, q = _rounded(float(np.quantile(sizes, 1 - rate)), 3), _rounded(1 - rate, 6)
+    max_norm, q = limit_for(sizes, rate), _rounded(1 - rate, 6)
     everywhere = np.arange(len(sizes))
     places = np.linspace(0, len(sizes) - 1, min(len(sizes), _SAMPLED)).astype(np.int64)
     sigma = defaults("sigma")
@@ -119,15 +163,13 @@ def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
     """What the advice rests on."""
     since = "" if from_step is None else f" from step {from_step:,} on"
     low, high, most = np.percentile(sizes, (50, 90, 99)).tolist()
-    common = 2 * float(np.median(sizes))
-    over = float(what_if(sizes, np.array([common])).share[0])
     lines = [
         f"{run.name}: {len(run):,} steps, {len(sizes):,} norms to go by{since}",
         f"before clipping: median {number(low)}, 90 % below {number(high)}, 99 % below {number(most)}, "
         f"largest {number(float(sizes.max()))}",
-        f"twice the median, a common choice, is {number(common)}: {percent(over)} of the steps are over it",
     ]
-    changed = float(np.nanmean(run.changed))
+    known = run.changed[np.isfinite(run.changed)]
+    changed = float(known.mean()) if len(known) else 0.0
     if changed and not run.observed:
         lines.append(
             f"{percent(changed)} of these steps were changed by clipping. The norms are those from before, so they\n"
@@ -136,8 +178,19 @@ def _about(run: Run, sizes: Numbers, from_step: int | None) -> str:
     return "\n".join(lines)
 
 
-def _written(one: Proposal, run: Run) -> str:
+def _remark(one: Proposal, rate: float) -> str:
+    """What is to be known about the share that a proposal would have clipped, beside the share itself."""
+    if one.uncertain > max(one.rate, rate):
+        return "; too uncertain to go by"
+    if abs(one.rate - rate) > max(one.uncertain, 0.2 * rate):
+        return f"; not {percent(rate)}, since the level of the norms moves"
+    return ""
+
+
+def _written(one: Proposal, run: Run, rate: float) -> str:
     """A proposal with its clip rate and the three ways to write it."""
+    if one.arguments.get("k") == 0:
+        return f"  SigmaClip: none, since {percent(rate)} of the norms lie no deviation above their mean"
     drift = ""
     low, high = sorted((one.early, one.late))
     if high > 2 * low and high - low > 2 * one.uncertain:
@@ -146,7 +199,9 @@ def _written(one: Proposal, run: Run) -> str:
     python = f"{one.method}({', '.join(method)})"
     lines = [
         f"  {python}",
-        f"    expected      {percent(one.rate)} of the steps clipped, +- {one.uncertain * 100:.2g} points{drift}",
+        f"    expected      {percent(one.rate)} of the steps clipped, +- {one.uncertain * 100:.2g} points"
+        + drift
+        + _remark(one, rate),
         f"    Python        GradientClipping({', '.join([python, *callback])})",
         f"    Hydra         {' '.join(hydra(one, run))}",
         f"    LightningCLI  {' '.join(_cli(one, run))}",

@@ -2,7 +2,7 @@
 // The numbers in #data, and what all charts share. Colours come from the page's style, so a theme is one redraw.
 
 const RUNS = JSON.parse(document.getElementById("data").textContent);
-const DRAWN_POINTS = 1000;
+const DRAWN_POINTS = 1000, MEDIAN_FROM = 8;
 const media = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)").matches;
 
@@ -22,7 +22,8 @@ function decoded(text, Kind = Float32Array) {
 
 for (const run of RUNS) {
   for (const [name, text] of Object.entries(run.norms)) {
-    if (name !== "width") run.norms[name] = decoded(text, /step/i.test(name) ? Float64Array : Float32Array);
+    if (name === "medians") run.norms[name] = text.map(one => decoded(one));
+    else if (name !== "width") run.norms[name] = decoded(text, /step/i.test(name) ? Float64Array : Float32Array);
   }
   for (const name in run.whatIf) run.whatIf[name] = decoded(run.whatIf[name], Float64Array);
   if (run.heat) for (const name of ["median", "largest"]) run.heat[name] = decoded(run.heat[name]);

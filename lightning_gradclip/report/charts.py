@@ -48,7 +48,7 @@ def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Findi
         "eachStep": run.each_step,
         "observed": run.observed,
         "percentiles": {f"{at:g}": _finite(value) for at, value in summary.percentiles.items()},
-        "limit": _finite(summary.limit),
+        "limit": None if summary.limit_moves else _finite(summary.limit),
         "norms": _norms(run, max(1024, int(_POINTS * share))),
         "spread": _spread(sizes) if len(sizes) else None,
         "whatIf": _what_if(sizes, run.each_step) if len(sizes) else None,
@@ -58,11 +58,14 @@ def payload(run: Run, summary: Summary, heat: Heat | None, found: Sequence[Findi
 
 def _norms(run: Run, most: int) -> dict[str, Any]:
     b = bucketed(run, most)
-    columns = {"low": b.low, "median": b.median, "high": b.high}
+    columns = {"low": b.low, "high": b.high}
     columns |= {"lowClipped": b.low_clipped, "highClipped": b.high_clipped, "limit": b.limit}
     columns |= {"changed": b.changed, "skipped": b.skipped, "nonfinite": b.nonfinite}
     steps = {"step": _encoded(b.step, "<f8"), "highStep": _encoded(b.high_step, "<f8")}
-    return {"width": b.width, **steps, **{name: _encoded(column) for name, column in columns.items()}}
+    # A median of medians is none: one for each number of buckets that the browser draws as one.
+    medians = [b.median, *(_medians(run.norm, b.width << power) for power in range(1, len(b.step).bit_length()))]
+    medians = [_encoded(one) for one in medians]
+    return {"width": b.width, "medians": medians, **steps, **{name: _encoded(one) for name, one in columns.items()}}
 
 
 def bucketed(run: Run, most: int) -> Buckets:

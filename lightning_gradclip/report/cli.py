@@ -1,4 +1,4 @@
-"""The command line: `lightning-gradclip report`, `advise` and `spikes`.
+"""The command line: `lightning-gradclip report`, `advise`, `spikes` and `compare`.
 
 Nothing heavy is imported before a command needs it, and torch by neither.
 """
@@ -12,7 +12,10 @@ from typing import NoReturn
 
 from lightning_gradclip.report import RunError
 
-_RUN = "a history folder, a metrics.csv, a TensorBoard event file, or a folder that holds some of these"
+_RUN = (
+    "a history folder, a metrics.csv, a TensorBoard event file, an mlflow.db, a trainer_state.json of Transformers, "
+    "or a folder that holds some of these"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        status = options.verb(options)
+        # Not before: help is there at once, and needs no NumPy.
+        import numpy as np
+
+        # What is beyond the largest number is infinite, and shown so.
+        with np.errstate(over="ignore", invalid="ignore"):
+            status = options.verb(options)
         sys.stdout.flush()
         return status
     except RunError as error:
@@ -58,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(verb=_report)
     advise = commands.add_parser("advise", help="propose limits from a recorded run")
     advise.add_argument("run", metavar="RUN", help=_RUN)
-    share = "share of the steps to clip, such as 0.05; may be repeated (0.01 and 0.1)"
+    share = "share of the steps to clip, such as 0.05; may be repeated (0.1 and 0.01)"
     advise.add_argument("--rate", type=_share, action="append", metavar="SHARE", help=share)
     advise.add_argument("--from-step", type=int, metavar="STEP", help="leave out the steps before this one")
     advise.set_defaults(verb=_advise)
@@ -66,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     spikes.add_argument("run", metavar="RUN", help=_RUN)
     _add_forms(spikes)
     spikes.set_defaults(verb=_spikes)
+    compare = commands.add_parser("compare", help="runs in a table: what differs, how a metric ended, what was clipped")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="the folder of a multirun or of MLflow, or several runs"
+    )
+    compare.add_argument("--metric", metavar="NAME", help="a metric that a logger kept, such as val/loss")
+    compare.add_argument("--mode", choices=("min", "max"), help="which value is the best (told from the metric's name)")
+    _add_forms(compare)
+    compare.set_defaults(verb=_compare)
     return parser
 
 
@@ -99,11 +115,12 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _advise(options: argparse.Namespace) -> int:
+    from lightning_gradclip.record.rule import SHARE
     from lightning_gradclip.report.advice import advice
     from lightning_gradclip.report.find import find_runs
 
     runs = find_runs([options.run], _tell)
-    print("\n\n".join(advice(run, options.rate or (0.01, 0.1), options.from_step) for run in runs))
+    print("\n\n".join(advice(run, options.rate or (SHARE, 0.01), options.from_step) for run in runs))
     return 0
 
 
@@ -125,6 +142,19 @@ def _spikes(options: argparse.Namespace) -> int:
         if lost:
             first = int(run.step[run.nonfinite.argmax()])
             print(f"  {count(lost, 'step')} had NaN or infinite gradients, step {first:,} the first")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lightning_gradclip.report.compare import as_row, compare
+    from lightning_gradclip.report.forms import table, written
+    from lightning_gradclip.report.words import compared_cells
+
+    found = compare(options.runs, options.metric, options.mode, _tell)
+    if options.form:
+        print(written([as_row(one) for one in found], options.form))
+    else:
+        print(table([compared_cells(one, options.metric) for one in found]))
     return 0
 
 

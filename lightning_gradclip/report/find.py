@@ -3,30 +3,35 @@
 A log event covers all steps since the one before: the norm is their mean. Where each step was logged a point is a step.
 """
 
-import csv
-import io
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 
 from lightning_gradclip.record.files import HistoryFormatError, open_file
 from lightning_gradclip.record.history import FORMAT, History, ScopePart, is_ours
 from lightning_gradclip.report import RunError
+from lightning_gradclip.report.logs import (
+    DATABASE,
+    EVENTS,
+    STATE,
+    Points,
+    csv_points,
+    database_runs,
+    mlflow_points,
+    state_points,
+    tensorboard_points,
+)
 from lightning_gradclip.report.run import Numbers, Run, comparable, from_history
 
-_EVENTS = "events.out.tfevents"
 # Of every log event of ours one of these is there; without a finite step only the second.
 _RATE, _MARKS = "clip_rate", ("clip_rate", "nonfinite")
 
-# Of each metric the values by step.
-_Points: TypeAlias = Mapping[str, Mapping[int, float]]
 # Reads the runs of one folder or file, with their folders.
 _Source: TypeAlias = Callable[[], list[tuple[Path, Run]]]
 
@@ -59,8 +64,8 @@ def _runs_of(given: str | Path, tell: Callable[[str], None]) -> list[tuple[Path,
         raise RunError(errors[0])
     if not found:
         raise RunError(
-            f"{path} holds no gradient clipping: neither a history (meta.json, steps.npy), nor a metrics.csv or "
-            "TensorBoard file with gradclip/clip_rate in it"
+            f"{path} holds no gradient clipping: neither a history (meta.json, steps.npy), nor a metrics.csv, "
+            "TensorBoard file or MLflow run with gradclip/clip_rate in it, nor a trainer_state.json of Transformers"
         )
     for line in [*errors, *(f"{folder}: {line}" for folder, run in found for line in run.damage)]:
         tell(line)
@@ -102,13 +107,37 @@ def _from_history(folder: Path) -> list[tuple[Path, Run]]:
 
 def _logged(path: Path) -> Iterator[_Source]:
     if not path.is_dir():
-        yield partial(_from_tensorboard if path.name.startswith(_EVENTS) else _from_csv, path)
+        yield partial(_reader_of(path.name), path)
         return
     tables = _below(path, "metrics.csv")
     # A trainer with both loggers has written the same points twice.
-    events = [folder for folder in _below(path, _EVENTS, whole=False) if folder not in tables]
+    events = [folder for folder in _below(path, EVENTS, whole=False) if folder not in tables]
     yield from (partial(_from_csv, folder / "metrics.csv") for folder in tables)
     yield from (partial(_from_tensorboard, folder) for folder in events)
+    yield from (partial(_from_mlflow, folder) for folder in _below(path, "meta.yaml") if (folder / "metrics").is_dir())
+    yield from (partial(_from_database, folder / DATABASE) for folder in _below(path, DATABASE))
+    yield from (partial(_from_state, folder / STATE) for folder in _latest(_below(path, STATE)))
+
+
+def _reader_of(name: str) -> Callable[[Path], list[tuple[Path, Run]]]:
+    if name.startswith(EVENTS):
+        return _from_tensorboard
+    return _from_state if name == STATE else _from_database if name.endswith(".db") else _from_csv
+
+
+def _latest(folders: Sequence[Path]) -> list[Path]:
+    """Of the checkpoints of one run, each of which holds all that was logged before it, the last one."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        kind, _, number = folder.name.rpartition("-")
+        run = folder.parent if kind == "checkpoint" and number.isdecimal() else folder
+        if run not in found or (found[run] != run and (run == folder or _number(folder) > _number(found[run]))):
+            found[run] = folder
+    return [*found.values()]
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _below(path: Path, name: str, *, whole: bool = True) -> list[Path]:
@@ -138,67 +167,71 @@ def _shared(parts: Sequence[tuple[str, ...]]) -> int:
 
 
 def _from_csv(path: Path) -> list[tuple[Path, Run]]:
-    points: dict[str, dict[int, float]] = defaultdict(dict)
-    prefixes: list[str] = []
-    rows = bad = 0
-    damage: list[str] = []
-    try:
-        with io.TextIOWrapper(open_file(path), encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file, strict=True)
-            prefixes, wanted = _ours(table.fieldnames or ())
-            for rows, row in enumerate(table if prefixes else (), start=1):  # noqa: B007
-                try:
-                    values = {name: float(row[name]) for name in wanted if row[name]}
-                    step = _step(row["step"]) if values else 0
-                except (ValueError, KeyError, TypeError):
-                    bad += 1
-                    continue
-                for name, value in values.items():
-                    points[name][step] = value
-    except (csv.Error, UnicodeDecodeError) as error:
-        if not points:
-            raise RunError(f"{path} is damaged or no table: {error}") from error
-        damage.append(f"{path.name} is damaged after row {rows:,}: {error}")
-    if bad and not points:
-        raise RunError(
-            f"{path} is no table of numbers by step as CSVLogger writes it: {bad:,} of {rows:,} rows are not"
-        )
-    if bad:
-        damage.append(f"{path.name}: {bad:,} of {rows:,} rows are no numbers by step")
-    return [(folder, replace(run, damage=tuple(damage))) for folder, run in _runs(points, prefixes, path)]
-
-
-def _step(word: str) -> int:
-    step = int(word)
-    if not 0 <= step < 2**53:
-        raise ValueError(f"{step} is no step")
-    return step
+    points, damage = csv_points(path, _wanted)
+    return [(folder, replace(run, damage=damage)) for folder, run in _runs(points, path)]
 
 
 def _from_tensorboard(path: Path) -> list[tuple[Path, Run]]:
     """The runs in a folder of event files, or in one file."""
-    if not path.is_dir():
-        open_file(path).close()
-    try:
-        from tensorboard.backend.event_processing import event_accumulator  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError as error:
-        raise RunError(
-            f"{path} was written for TensorBoard, which is not installed; pip install 'lightning-gradclip[tensorboard]'"
-        ) from error
-    # 0: every point, instead of a sample.
-    events = event_accumulator.EventAccumulator(str(path), size_guidance={event_accumulator.SCALARS: 0})
-    events.Reload()
-    prefixes, wanted = _ours(cast("list[str]", events.Tags()["scalars"]))
-    return [*_runs({tag: {one.step: one.value for one in events.Scalars(tag)} for tag in wanted}, prefixes, path)]
+    return [*_runs(tensorboard_points(path, _wanted), path)]
 
 
-def _ours(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What the metrics of each callback and optimizer begin with, such as "gradclip/", and all that begin so."""
-    prefixes = list(
+def _from_mlflow(path: Path) -> list[tuple[Path, Run]]:
+    points, damage = mlflow_points(path, _wanted)
+    return [(folder, replace(run, damage=damage)) for folder, run in _runs(points, path)]
+
+
+def _from_database(path: Path) -> list[tuple[Path, Run]]:
+    """The runs in MLflow's database, each by its identity as if it had a folder."""
+    found = database_runs(path)
+    return [pair for run, (points, _) in found.items() for pair in _runs(points, path / run, folder=path / run)]
+
+
+def _from_state(path: Path) -> list[tuple[Path, Run]]:
+    """The run that Transformers logged: the norms of the steps at which it did, before clipping."""
+    points, damage = state_points(path)
+    if not points.get("grad_norm"):
+        raise RunError(f"{path} holds no grad_norm, which Transformers logs from 4.38 on")
+    steps = sorted(points["grad_norm"])
+
+    def column(name: str) -> Numbers:
+        return np.array([points.get(name, {}).get(step, np.nan) for step in steps], float)
+
+    norm = column("grad_norm")
+    bad = ~np.isfinite(norm)
+    norm = np.where(bad, np.nan, norm)
+    unknown, none = np.full(len(steps), np.nan), np.zeros(len(steps))
+    run = Run(
+        name="",
+        each_step=True,
+        step=np.array(steps, np.int64),
+        norm=norm,
+        norm_max=norm,
+        norm_clipped=unknown,
+        limit=unknown,
+        coef=unknown,
+        changed=unknown,
+        skipped=none,
+        nonfinite=bad.astype(float),
+        overflows=none,
+        loss=column("loss"),
+        lr=column("learning_rate"),
+        damage=damage,
+    )
+    return [(path.parent, run)]
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What the metrics of each callback and optimizer begin with, such as "gradclip/"."""
+    return list(
         dict.fromkeys(name.removesuffix(mark) for name in names for mark in _MARKS if name.endswith(f"/{mark}"))
     )
-    wanted = tuple(start for prefix in prefixes for start in (prefix, *_of_scopes(prefix)))
-    return prefixes, [name for name in names if name.startswith(wanted)]
+
+
+def _wanted(names: Sequence[str]) -> list[str]:
+    """All metrics of ours."""
+    starts = tuple(start for prefix in _prefixes(names) for start in (prefix, *_of_scopes(prefix)))
+    return [name for name in names if name.startswith(starts)]
 
 
 def _of_scopes(prefix: str) -> tuple[str, ...]:
@@ -208,7 +241,8 @@ def _of_scopes(prefix: str) -> tuple[str, ...]:
     return (f"{prefix[:-1]}_norm/", *by_index, f"{prefix}norm/")
 
 
-def _runs(points: _Points, prefixes: list[str], path: Path) -> Iterator[tuple[Path, Run]]:
+def _runs(points: Points, path: Path, folder: Path | None = None) -> Iterator[tuple[Path, Run]]:
+    prefixes = _prefixes(points)
     for prefix in prefixes:
         own = {name.removeprefix(prefix): values for name, values in points.items() if name.startswith(prefix)}
         starts = _of_scopes(prefix)
@@ -218,13 +252,13 @@ def _runs(points: _Points, prefixes: list[str], path: Path) -> Iterator[tuple[Pa
         if not any(own.get(mark) for mark in _MARKS):
             raise RunError(f"{path} names {prefix}{_RATE} but holds no value of it")
         run = _run(own, scopes, prefix, name=prefix[:-1] if len(prefixes) > 1 else "")
-        yield path if path.is_dir() else path.parent, run
+        yield folder or (path if path.is_dir() else path.parent), run
 
 
-def _run(points: _Points, scopes: _Points, prefix: str, name: str) -> Run:
+def _run(points: Points, scopes: Points, prefix: str, name: str) -> Run:
     steps = sorted({step for mark in _MARKS for step in points.get(mark, ())})
 
-    def column(metric: str, points: _Points = points) -> Numbers:
+    def column(metric: str, points: Points = points) -> Numbers:
         values = points.get(metric, {})
         return np.array([values.get(step, np.nan) for step in steps], dtype=float)
 

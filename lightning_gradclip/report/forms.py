@@ -1,4 +1,4 @@
-"""Rows as JSON or CSV."""
+"""Rows as JSON, CSV or a table of text."""
 
 import csv
 import io
@@ -23,3 +23,16 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list):
         return "; ".join(" ".join(map(str, one.values())) for one in value)
     return value
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of the same keys as lines of aligned columns, of which the first stands to the left."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

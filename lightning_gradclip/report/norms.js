@@ -1,30 +1,34 @@
 // The norm step by step: of a long run few points are drawn, and more of them where somebody looks closer.
 
-/** The buckets of a run between two steps, merged so that few points are drawn; every smallest and largest norm stays. */
+/**
+ * The buckets of a run between two steps, merged by a power of two so that few points are drawn; every smallest and
+ * largest norm stays. The medians are those of the steps themselves, for each power.
+ */
 function merged(norms, from, to) {
-  const { step, highStep, low, median, high, lowClipped, highClipped, limit, changed, skipped, nonfinite } = norms;
+  const { step, highStep, low, medians, high, lowClipped, highClipped, limit, changed, skipped, nonfinite } = norms;
   let first = step.findIndex((_, i) => i + 1 >= step.length || step[i + 1] > from);
   let last = step.findLastIndex(one => one <= to);
   first = Math.max(0, first - 1);
   last = Math.min(step.length - 1, Math.max(first, last + 1));
-  const every = Math.ceil((last - first + 1) / DRAWN_POINTS);
+  const power = Math.min(medians.length - 1, Math.max(0, Math.ceil(Math.log2((last - first + 1) / DRAWN_POINTS))));
+  const every = 2 ** power;
+  first -= first % every;
   const groups = [];
   for (let begin = first; begin <= last; begin += every) {
     const end = Math.min(begin + every, last + 1);
-    const one = { step: step[begin], highStep: highStep[begin], low: NaN, median: 0, high: NaN, lowClipped: NaN, highClipped: NaN, limit: limit[begin], changed: 0, skipped: 0, nonfinite: 0 };
+    const one = { step: step[begin], highStep: highStep[begin], low: NaN, median: medians[power][begin / every], high: NaN, lowClipped: NaN, highClipped: NaN, limit: limit[begin], changed: 0, skipped: 0, nonfinite: 0 };
     for (let i = begin; i < end; i++) {
       if (!(one.low <= low[i])) one.low = isNaN(low[i]) ? one.low : low[i];
       if (!(one.high >= high[i]) && !isNaN(high[i])) { one.high = high[i]; one.highStep = highStep[i]; }
       if (!(one.lowClipped <= lowClipped[i]) && !isNaN(lowClipped[i])) one.lowClipped = lowClipped[i];
       if (!(one.highClipped >= highClipped[i]) && !isNaN(highClipped[i])) one.highClipped = highClipped[i];
-      one.median += median[i] / (end - begin);
       one.changed += changed[i] / (end - begin);
       one.skipped += skipped[i];
       one.nonfinite += nonfinite[i];
     }
     groups.push(one);
   }
-  return { groups, single: every * norms.width === 1 };
+  return { groups, size: every * norms.width, single: every * norms.width === 1 };
 }
 
 function zigzag({ groups, single }, low, high) {
@@ -54,7 +58,8 @@ function normTraces(run, from, to) {
   if (groups.some(one => one.changed > 0)) {
     traces.push(run.eachStep ? line(after, "after", {}, zigzag(view, "lowClipped", "highClipped")) : line(`mean ${after}`, "after", {}, points("highClipped")));
   }
-  if (!view.single && run.eachStep) traces.push(line("median", "text", {}, points("median")));
+  // Of few steps it would lie on the norms and hide them.
+  if (view.size >= MEDIAN_FROM && run.eachStep) traces.push(line("median", "text", {}, points("median")));
   if (groups.some(one => !isNaN(one.limit))) {
     traces.push(line("limit", "limit", { dash: "dash", shape: "hv", width: 1.8 }, points("limit")));
   }

@@ -25,6 +25,7 @@ class Summary:
     cut_spread: float  # their 90th over their 10th percentile: 1 is a constant rescale
     limit: float  # the last one
     limit_low: float
+    limit_moves: bool  # whether it was not the same at all steps
     skipped: int  # dropped steps
     nonfinite: int  # steps with NaN or infinite gradients
     overflows: int  # steps that the GradScaler dropped while it calibrated itself; in neither of the two above
@@ -59,6 +60,7 @@ def summarize(run: Run) -> Summary:
         cut_spread=_percentile(cuts, 90) / _percentile(cuts, 10),
         limit=float(limits[-1]) if len(limits) else np.nan,
         limit_low=_percentile(limits, 0),
+        limit_moves=len(limits) > 0 and bool(limits.min() != limits.max()),
         skipped=int(run.skipped.sum()),
         nonfinite=int(run.nonfinite.sum()),
         overflows=int(run.overflows.sum()),

@@ -117,7 +117,15 @@ function colored(name) {
 
 function theme(name) {
   colored(name);
-  elements.forEach(draw);
+  if (window.Plotly) elements.forEach(draw);
+}
+
+/** Unpacks what draws; a browser that cannot, from before 2023, shows the tables. */
+async function unpack() {
+  const packed = new Blob([decoded(document.getElementById("plotly").textContent, Uint8Array)]);
+  const script = document.createElement("script");
+  script.textContent = await new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  document.head.append(script);
 }
 
 /** At first one after the other, so that what is seen first is there first. */
@@ -135,8 +143,8 @@ window.addEventListener("beforeprint", () => theme("light"));
 window.addEventListener("afterprint", () => theme(wanted()));
 document.getElementById("limit").addEventListener("input", () => {
   tryLimit();
-  drawWhatIf(document.querySelector("[data-chart=whatIf]"));
+  if (window.Plotly) drawWhatIf(document.querySelector("[data-chart=whatIf]"));
 });
 tryLimit();
 colored(wanted());
-drawAll().then(() => { document.documentElement.dataset.drawn = "yes"; });
+unpack().then(drawAll).then(() => { document.documentElement.dataset.drawn = "yes"; });

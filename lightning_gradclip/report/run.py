@@ -34,6 +34,8 @@ class Run:
     parts: tuple[ScopePart, ...] = ()  # norms of scopes; `first_row` is a position in the arrays above
     segments: tuple[Mapping[str, Any], ...] = ()  # settings, each `from_step` on; empty where a logger kept none
     optimizer: int | None = None  # its index, where there are several
+    loss: Numbers | None = None  # of the batches of a step, NaN where nobody told
+    lr: Numbers | None = None  # learning rate
     damage: tuple[str, ...] = ()  # what could not be read, a line each
     history: History | None = None  # where every step is recorded; its rows are those of the arrays above
 
@@ -69,6 +71,8 @@ def from_history(history: History, name: str = "") -> Run:
     # Also where entries that were not finite have been replaced: the steps that the metrics of a logger cover.
     finite = np.isfinite(rows["norm"])
     norm = np.where(finite, rows["norm"], np.nan)
+    # A learned limit has a threshold at all steps, and a limit at those that were over it.
+    in_force = np.where(np.isfinite(rows["threshold"]) & (rows["threshold"] > 0), rows["threshold"], rows["limit"])
     return Run(
         name=name,
         each_step=True,
@@ -76,7 +80,7 @@ def from_history(history: History, name: str = "") -> Run:
         norm=norm,
         norm_max=norm,
         norm_clipped=np.where(finite, rows["norm_clipped"], np.nan),
-        limit=comparable(rows["limit"], rows["coef"], segments),
+        limit=comparable(in_force, rows["coef"], segments),
         coef=np.where(finite, rows["coef"], np.nan),
         changed=np.where(finite, rows["changed"], np.nan),
         skipped=(rows["skipped"] & ~rows["overflow"]).astype(float),
@@ -85,6 +89,8 @@ def from_history(history: History, name: str = "") -> Run:
         parts=history.parts,
         segments=segments,
         optimizer=history.meta["optimizer"],
+        loss=np.array(rows["loss"]),
+        lr=np.array(rows["lr"]),
         damage=history.damage,
         history=history,
     )

@@ -130,7 +130,7 @@ def _level(logs: Numbers, place: int) -> float | None:
 def _spike(run: Run, place: int, usual: float) -> Spike:
     told = None if run.history is None else run.history.steps[place]
     epoch, batch = (None if told is None or told[name] < 0 else int(told[name]) for name in ("epoch", "batch"))
-    losses = np.full(1, np.nan) if run.history is None else run.history.steps["loss"][: place + _AFTER]
+    losses = np.full(1, np.nan) if run.loss is None else run.loss[: place + _AFTER]
     before, at, after, back = _around(losses, place)
     return Spike(
         step=int(run.step[place]),
@@ -145,7 +145,7 @@ def _spike(run: Run, place: int, usual: float) -> Spike:
         loss=at,
         loss_after=after,
         back_after=back,
-        lr=math.nan if told is None else float(told["lr"]),
+        lr=math.nan if run.lr is None else float(run.lr[place]),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_gradclip.report.compare import Compared
 from lightning_gradclip.report.layers import Finding, Heat
 from lightning_gradclip.report.numbers import Summary
 from lightning_gradclip.report.run import Run
@@ -72,6 +73,16 @@ def spike_line(spike: Spike) -> str:
     parts += [f"{spike.done}{limit}", *_loss(spike)]
     parts += [f"learning rate {number(spike.lr)}"] * bool(np.isfinite(spike.lr))
     return f"step {spike.step:,}{where}: {'; '.join(parts)}"
+
+
+def compared_cells(one: Compared, metric: str | None) -> dict[str, str]:
+    """A run as a row of a table."""
+    step = "-" if one.best_step is None else f"{one.best_step:,}"
+    ended = {metric: number(one.last), "best": number(one.best), "at step": step} if metric else {}
+    counts = {"steps": one.steps, "dropped": one.dropped}
+    steps, dropped = ("-" if count is None else f"{count:,}" for count in counts.values())
+    norms = {"median norm": number(one.median), "largest": number(one.largest), "dropped": dropped}
+    return {"run": one.run, **one.settings, **ended, "steps": steps, "clipped": percent(one.clip_rate), **norms}
 
 
 def _loss(spike: Spike) -> list[str]:

@@ -7,6 +7,7 @@ application that has imported only the second is given that one, and spared the 
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ else:
     from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 __all__ = ["Callback", "LightningModule", "Logger", "MisconfigurationException", "TensorBoardLogger", "Trainer"]
-__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "part_of_mesh", "position"]
+__all__ += ["WandbLogger", "batches", "is_any", "looks_now", "overrides", "part_of_mesh", "position", "rank_zero_info"]
 __all__ += ["replace_callback_metrics", "whole_model"]
 
 

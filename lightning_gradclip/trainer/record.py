@@ -55,6 +55,11 @@ class Recorder:
         if index in self._kept:
             self._kept[index].change(**settings)
 
+    @property
+    def folders(self) -> dict[int, Path]:
+        """Where the history of each optimizer is, of those that have one."""
+        return {index: kept.folder for index, kept in self._kept.items() if kept.folder.is_dir()}
+
     def take_norms(self) -> dict[int, Tensor]:
         """The same as `state_dict`, for a histogram; the next one begins."""
         found = self.state_dict()

@@ -73,6 +73,7 @@ OPTIONS_OF_THE_CALLBACK = {
     "histograms": False,
     "old_names": True,
     "scale_free": "exclude",
+    "summary": False,
     "relearn": True,
 }
 # For methods with a single coefficient, and where Triton is installed.

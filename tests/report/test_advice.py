@@ -225,4 +225,25 @@ def test_a_limit_that_cannot_clip_so_much_is_not_proposed(tmp_path: Path) -> Non
     falling = np.exp(-np.arange(600) / 50) * np.exp(np.random.default_rng(8).normal(0, 0.05, 600))
     text = advice.advice(recorded(tmp_path, falling), (0.1,))
     assert "QuantileClip(" in text
-    assert "SigmaClip" not in text
+    assert "SigmaClip(" not in text
+    assert "SigmaClip: none, since" in text
+
+
+def test_limits_of_each_layer_are_proposed_for_each_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    scopes = {name: np.exp(rng.normal(0, 0.5, 1000)) * scale for name, scale in (("body", 1.0), ("head", 1.1))}
+    norms = np.hypot(scopes["body"], scopes["head"])
+    method = NormClip(max_norm=1.0, per="layer")
+    path = record(tmp_path / "run", norms, 1.0, scopes=scopes, method=method)
+    assert main(["advise", str(path), "--rate", "0.1"]) == 0
+    told = capsys.readouterr().out
+    word = next(one for one in told.split() if one.startswith("NormClip(max_norm=")).rstrip(",")
+    limit = float(word.partition("=")[2])
+    over = np.max([*scopes.values()], axis=0) > limit
+    assert over.mean() == pytest.approx(0.1, abs=0.005)
+    assert f"NormClip(max_norm={limit:g}, per='layer')" in told
+    assert "callbacks.gradclip.method.per='layer'" in told
+    # What no history holds cannot be told, and that is said.
+    path = record(tmp_path / "whole", norms, 1.0, method=method)
+    assert main(["advise", str(path), "--rate", "0.1"]) == 0
+    assert 'for those of a layer record with measure_per="layer"' in capsys.readouterr().out

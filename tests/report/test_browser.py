@@ -311,3 +311,39 @@ def test_without_scripts_the_words_and_tables_are_there(browser: Any, pages: dic
     assert page.get_by_text("median norm").first.is_visible()
     assert page.locator("figure").count() == page.locator("figure[aria-label]").count() == 4
     context.close()
+
+
+MEDIANS = """([from, to]) => {
+  const trace = normTraces(RUNS[0], from, to).find(one => one.name === "median");
+  return trace ? [trace.x, trace.y, RUNS[0].norms.width] : null;
+}"""
+
+
+@pytest.mark.parametrize(("name", "count"), [("long", 1_000_000), ("one", 800), ("middle", 20_000)])
+def test_a_drawn_median_is_one_of_the_steps_at_every_zoom(
+    browser: Any, pages: dict[str, Path], name: str, count: int, tmp_path: Path
+) -> None:
+    if name not in pages:
+        record(tmp_path / name, norms_of(count), 2.0, method=NormClip(max_norm=2.0))
+        pages[name] = tmp_path / "page.html"
+        write_report(find_runs([tmp_path / name]), pages[name])
+    opened, norms, looked = Opened(browser, pages[name]), norms_of(count), 0
+    rng = np.random.default_rng(0)
+    for part in (1, 0.5, 0.1, 0.03):
+        first = float(rng.integers(0, int(count * (1 - part)) + 1))
+        drawn = opened.page.evaluate(MEDIANS, [first, first + count * part])
+        if drawn is None:
+            continue
+        x, y, width = drawn
+        for place in rng.choice(len(x) - 1, 20):
+            begin, end = int(x[place]), int(x[place + 1])
+            assert y[place] == pytest.approx(np.nanmedian(norms[begin:end]), rel=1e-6)
+            looked += end - begin > width
+    assert looked or name == "one"
+    opened.context.close()
+
+
+def test_a_page_is_light(pages: dict[str, Path]) -> None:
+    assert pages["one"].stat().st_size < 2_200_000
+    assert pages["two"].stat().st_size < 2_200_000
+    assert pages["long"].stat().st_size < 10_000_000
