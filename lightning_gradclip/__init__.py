@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_gradclip.methods.normalize import Normalize as Normalize
     from lightning_gradclip.methods.quantile import QuantileClip as QuantileClip
     from lightning_gradclip.methods.sigma import SigmaClip as SigmaClip
+    from lightning_gradclip.methods.spike import SpikeClip as SpikeClip
+    from lightning_gradclip.methods.surprise import SurpriseClip as SurpriseClip
     from lightning_gradclip.methods.value import ValueClip as ValueClip
     from lightning_gradclip.methods.zclip import ZClip as ZClip
     from lightning_gradclip.record.history import History as History
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_gradclip.report.compare import compare as compare
     from lightning_gradclip.report.spikes import Spike as Spike
     from lightning_gradclip.report.spikes import spikes as spikes
+    from lightning_gradclip.trainer.doctor import Doctor as Doctor
 else:
     # Hidden from type checkers, to which a module with `__getattr__` has every attribute.
     def _imports():

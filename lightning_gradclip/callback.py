@@ -28,6 +28,7 @@ from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trai
 from lightning_gradclip.trainer.log import Publisher
 from lightning_gradclip.trainer.progress import Progress
 from lightning_gradclip.trainer.record import Recorder, histories
+from lightning_gradclip.trainer.takeover import NO_LIMIT, Takeover
 from lightning_gradclip.trainer.watch import Watch
 
 _log = logging.getLogger("lightning_gradclip")
@@ -73,8 +74,8 @@ class GradientClipping(KnownArguments, Callback):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
-        triton: Multiply large gradients on CUDA by a kernel of Triton that touches none where nothing is clipped, in
-            place of torch's function; also where LIGHTNING_GRADCLIP_TRITON=1. Not yet measured on a GPU.
+        centralize: Take from each gradient of two dims or more, first of all, its mean over all dims but the first.
+        triton: Multiply large CUDA gradients by a kernel that touches none where nothing is clipped; not yet measured.
         summary: Whether rank zero says at the end of a fit what its steps were, a limit, and where the history is.
         relearn: Whether to leave out what a checkpoint knows of a learned limit, as a method that was changed has to;
             steps, counters, metrics and histories go on all the same.
@@ -110,6 +111,7 @@ class GradientClipping(KnownArguments, Callback):
         process_group: Any = None,
         old_names: bool = False,
         scale_free: str = "warn",
+        centralize: bool = False,
         triton: bool = False,
         summary: bool = True,
         relearn: bool = False,
@@ -125,6 +127,7 @@ class GradientClipping(KnownArguments, Callback):
             fold=fold,
             process_group=process_group,
             scale_free=scale_free,
+            centralize=centralize,
             triton=triton,
         )
         if not isinstance(process_group, str):
@@ -148,6 +151,7 @@ class GradientClipping(KnownArguments, Callback):
         self.old_names = checks.flag("old_names", old_names)
         self.summary = checks.flag("summary", summary)
         self.relearn = checks.flag("relearn", relearn)
+        self._takeover = Takeover()
         self._last_batch = 0
         self._had_backward = False
         # What was loaded before a fit, which takes it up.
@@ -156,6 +160,18 @@ class GradientClipping(KnownArguments, Callback):
         settings = set(vars(self))
         self._begin()
         self._of_a_fit = vars(self).keys() - settings
+
+    @classmethod
+    def from_trainer(cls, method: None = None, **options: Any) -> "GradientClipping":
+        """Clip as the trainer is told by `gradient_clip_val` and `gradient_clip_algorithm`, in its place.
+
+        They are read when a fit begins, and are as they were when it ends. Takes the other arguments of the class.
+        """
+        if method is not None:
+            raise TypeError(f"from_trainer takes the limit of the trainer; write GradientClipping({method!r})")
+        callback = cls(NO_LIMIT, **options)
+        callback._takeover.on = True
+        return callback
 
     def __repr__(self) -> str:
         options = self._options
@@ -220,6 +236,7 @@ class GradientClipping(KnownArguments, Callback):
         self._in_trainer = True
         if stage != "fit":
             return
+        self.method = self._takeover.take(trainer, self.method)
         conflicts.refuse(trainer, pl_module, self, self._options)
         # A new fit has new optimizers; a checkpoint is loaded after this hook.
         self._begin()
@@ -236,6 +253,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._handover is not None:
             self._handover.take_back()
             self._handover = None
+        self._takeover.give_back(trainer)
         self._in_trainer = False
         if stage == "fit":
             # State outlives the fit; optimizers, parameters and open files do not.
@@ -266,7 +284,7 @@ class GradientClipping(KnownArguments, Callback):
         self._publisher = self._publishing(several=several)
         self._publisher.attend(trainer, self._clippers)
         keeping = histories(trainer, self.history, self.name, self._options, several=several, only=self.optimizer)
-        self._keeps = keeping is not None
+        self._keeps = keeping is not None or (self.method is not None and self.method.needs_loss)
         norms = self._recorder.state_dict()
         self._recorder = Recorder(self._clippers, keeping, histograms=self.histograms and trainer.is_global_zero)
         known = {now: norms.get(moved.get(now, now)) for now in range(count)}
@@ -342,6 +360,7 @@ class GradientClipping(KnownArguments, Callback):
         if self._watch is not None:
             self._watch.close()
         self._in_trainer = False
+        self._takeover.give_back(trainer)
         # The steps that led here; after other errors the device may not answer any more.
         if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             self._finish(trainer)

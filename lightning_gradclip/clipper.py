@@ -19,25 +19,22 @@ from lightning_gradclip.act import policy
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.decide import Actor, Verdict
 from lightning_gradclip.act.fold import Fold
+from lightning_gradclip.act.losses import Losses
 from lightning_gradclip.act.policy import Options
 from lightning_gradclip.act.skips import Skips
 from lightning_gradclip.act.stalls import Stalls
 from lightning_gradclip.gradients import ranks, read, reduce, write
 from lightning_gradclip.gradients.watch import Watch
-from lightning_gradclip.limit.entries import EntryLimiter
-from lightning_gradclip.limit.limiter import Limiter, ScopeLimiter
+from lightning_gradclip.limit.kinds import limiter_for
 from lightning_gradclip.limit.noted import Observer
-from lightning_gradclip.limit.units import UnitLimiter
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
+from lightning_gradclip.methods.sigma import SigmaClip
 from lightning_gradclip.record.context import NOTHING, Context
 from lightning_gradclip.record.kept import Kept
 from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.record.window import Reader, Recorded, Window, WindowNumbers
-from lightning_gradclip.select import kinds
 from lightning_gradclip.select.parameters import Names, Selection
 
-# What is smaller than a parameter is measured and written in its own way.
-_LIMITERS: Mapping[str, type[Limiter]] = {"unit": UnitLimiter, "element": EntryLimiter}
 # How often what an optimizer feels is looked at where nobody says when he logs, as often as Lightning logs.
 _LOOKS_EVERY = 50
 
@@ -67,10 +64,11 @@ class Clipper(Recorded):
         scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
             Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
             so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        centralize: Take from each gradient of two dims or more, first of all, its mean over all dims but the first.
         triton: Multiply large CUDA gradients by a kernel that touches none where nothing is clipped; not yet measured.
         history: A folder in which every step is recorded, for `lightning-gradclip report` and `advise`; False: none.
-            Of several ranks the first writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until
-            `metrics()`, `state_dict()`, `look()`, `close()` or the end of the process.
+            The first rank writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until `metrics()`,
+            `state_dict()`, `look()`, `close()` or the end of the process.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -94,6 +92,7 @@ class Clipper(Recorded):
         fold: bool = False,
         process_group: Any = None,
         scale_free: str = "warn",
+        centralize: bool = False,
         triton: bool = False,
         history: str | os.PathLike[str] | bool = False,
     ) -> None:
@@ -111,6 +110,7 @@ class Clipper(Recorded):
             fold=fold,
             process_group=process_group,
             scale_free=scale_free,
+            centralize=centralize,
             triton=triton,
         )
         settings: Any = {"method": method, "action": options.policy.action, "measure_per": measure_per}
@@ -162,21 +162,21 @@ class Clipper(Recorded):
         """Do from here on what these options say."""
         own = Unlimited() if options.method is None else copy.deepcopy(options.method)
         self._options, self._policy = options, options.policy
-        self._writes = self._policy.writes
+        self._writes, self._centralizes = self._policy.writes, options.centralize
         self._on_host = self._policy.decides_on_host(folds=options.fold, scaled=False)
         self._window.count_by_entry(own.per == "element")
-        self._limiter = _LIMITERS.get(own.per, ScopeLimiter)(own, options.measure_per)
+        self._limiter = limiter_for(own, options.measure_per, self._optimizer)
         self._settings = options.settings() | {"process_group": f"{len(self._apart or ())} ranks"}
         self._watch: Watch | None = Watch(self._settings)
         # Who reads steps wants to know more about them.
         self._observer = Observer(self._limiter, own, self._optimizer) if self._window.has_readers else None
-        self._actor = Actor(
-            self._policy, self._limiter, self._skips, self._fold, self._optimizer, triton=options.triton
-        )
-        stalls = self._optimizer is not None and self._policy.action == "clip"
-        self._stalls = Stalls(self._optimizer, own) if self._optimizer is not None and stalls else None
-        clips = self._policy.action == "clip" and not self._limiter.adaptive
-        self._warns = clips and options.scale_free == "warn"
+        self._losses = Losses(own) if isinstance(own, SigmaClip) and own.loss else None
+        parts = self._policy, self._limiter, self._skips, self._fold, self._optimizer, self._losses
+        self._actor = Actor(*parts, triton=options.triton)
+        clips = self._policy.action == "clip"
+        self._stalls = Stalls(self._optimizer, own) if self._optimizer is not None and clips else None
+        fixed = not (self._limiter.adaptive or own.needs_moments)
+        self._warns = fixed and clips and options.scale_free == "warn"
 
     @property
     def method(self) -> ClipMethod | None:
@@ -240,7 +240,7 @@ class Clipper(Recorded):
             at: The number of this step in the record; None: the steps that this clipper took before.
             detailed: Takes the place of the attribute in this step, and says whether to look at what the optimizer
                 feels, as before a log event; None: does not, and every 50th step looks.
-            loss: For the history: the loss that was differentiated; a tensor on a device is not waited for.
+            loss: The loss that was differentiated, for the history and for a method that waits for it.
             batch: For the history: index of the first batch of this step in its epoch.
             epoch: For the history: the epoch.
 
@@ -264,6 +264,8 @@ class Clipper(Recorded):
             scale = 1.0 if scaler is None else self._unscale(scaler)
             if self._writes and self._selection.is_distributed:
                 write.settle_(self._selection.params)
+            if self._centralizes:
+                write.centralize_(self._selection.params)
             gradients = read.gradients_of(self._selection, settled=self._writes)
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None:
@@ -286,7 +288,7 @@ class Clipper(Recorded):
             context = NOTHING
             if self._observer is not None:
                 context = self._observer.note(outcome, gradients, self._steps, loss, batch, epoch)
-            verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed)
+            verdict = self._actor.act(outcome, self._steps, scaler, detailed=detailed, loss=loss)
             return self._recorded(verdict, self._steps if at is None else at, context)
 
     def numbers(self) -> WindowNumbers:
@@ -331,6 +333,8 @@ class Clipper(Recorded):
             "skips_in_a_row": self._skips.count(),
             "learned": self._limiter.learned.state_dict(),
         }
+        if self._losses is not None:
+            state["losses"] = self._losses.state()
         # Where others hold other parameters these are known by place only: what is saved does not depend on the rank.
         if self._apart is None:
             state["parameters"] = self._names.of(self._optimizer)
@@ -352,6 +356,8 @@ class Clipper(Recorded):
         """
         if not relearn:
             self._limiter.learned.load_state_dict(state["learned"], strict=strict)
+            if self._losses is not None:
+                self._losses.resume(state.get("losses", ()))
         super().load_state_dict(state)
         self._skips.resume(state["skips_in_a_row"])
         # Checkpoints of 0.1.0 know groups by their places only.
@@ -372,7 +378,11 @@ class Clipper(Recorded):
 
     def _take_over(self, selection: Selection) -> None:
         self._selection = selection
-        self._warn_of_scale_free()
+        if self._centralizes:
+            selection.require_rows("take the mean of one", "leave out centralize=True")
+        if self._warns and self._optimizer is not None:
+            self._warns = False
+            policy.warn_of_scale_free(self._limiter.learned.method, selection, self._optimizer)
         self._actor.serve(selection)
         self._reducer = reduce.reducer_for(selection, self._settings, self._apart, self._names.unmatched)
         self._limiter.serve(selection, self._reducer)
@@ -400,15 +410,6 @@ class Clipper(Recorded):
                 stacklevel=3,
             )
         return StepStats.of_nothing(self._limiter.scopes)
-
-    def _warn_of_scale_free(self) -> None:
-        """Say once what a fixed limit does next to nothing to."""
-        if self._warns and self._optimizer is not None:
-            self._warns = False
-            free = kinds.scale_free(self._optimizer)
-            said = policy.pointless(self._limiter.learned.method, self._selection, free)
-            if said and ranks.is_first_rank():
-                warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def _felt(self) -> dict[str, float]:
         share = None if self._stalls is None else self._stalls.share()

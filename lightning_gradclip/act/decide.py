@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_gradclip.act import left_out, skips
 from lightning_gradclip.act import scaler as scaling
 from lightning_gradclip.act.fold import Fold, require_all
+from lightning_gradclip.act.losses import Losses
 from lightning_gradclip.act.policy import Policy
 from lightning_gradclip.act.skips import Skips
 from lightning_gradclip.gradients import ranks, read, write
@@ -43,10 +45,11 @@ class Actor:
         skips: Skips,
         fold: Fold | None,
         optimizer: Optimizer | None,
+        losses: Losses | None = None,
         *,
         triton: bool,
     ) -> None:
-        self._triton = triton
+        self._losses, self._triton = losses, triton
         self._policy, self._writes = policy, policy.writes
         self._limiter, self._skips, self._fold, self._optimizer = limiter, skips, fold, optimizer
 
@@ -56,17 +59,29 @@ class Actor:
         if self._fold is not None:
             require_all(selection)
 
-    def act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
+    def act(
+        self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool, loss: Any = None
+    ) -> Verdict:
         """Guard, write and learn.
 
-        A scaler is one that is enabled; `detailed` counts where it is measured once more.
+        A scaler is one that is enabled; `detailed` counts where it is measured once more; a loss is asked for by those
+        who look at losses.
         """
-        verdict = self._act(outcome, step, scaler, detailed=detailed)
+        if self._losses is None:
+            verdict = self._act(outcome, step, scaler, detailed=detailed)
+        else:
+            value = self._losses.of(loss)
+            against = self._losses.excess(value)
+            verdict = self._act(outcome, step, scaler, detailed=detailed, against=against)
+            if outcome.finite:
+                self._losses.learn(value)
         if scaler is not None and self._writes and self._optimizer is not None:
             left_out.spare_first_(scaler, self._optimizer)
         return verdict
 
-    def _act(self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool) -> Verdict:
+    def _act(
+        self, outcome: Outcome, step: int, scaler: GradScaler | None, *, detailed: bool, against: str | None = None
+    ) -> Verdict:
         """Only a host row can stop or change what happens next."""
         row = outcome.row
         if isinstance(row, Tensor):
@@ -77,12 +92,12 @@ class Actor:
         if not row.finite and self._policy.nonfinite != "ignore":
             return self._mend(outcome, row, step, detailed=detailed)
         whole = bool(row.finite)
-        if self._policy.action == "skip" and row.clipped:
+        if self._policy.action == "skip" and (row.clipped or against):
             self._limiter.learn(outcome, whole=whole)
             if scaler is not None and self._optimizer is not None:
                 # A scaler without any gradient to look at refuses to step.
                 scaling.unscale_(scaler, self._optimizer)
-            excess = partial(outcome.excess, self._limiter.scopes)
+            excess = partial(outcome.excess, self._limiter.scopes) if row.clipped else partial(str, against)
             return self._drop(outcome, row, excess, step)
         if row.changed:
             self._write(outcome, None, scaled=scaler is not None)

@@ -1,12 +1,17 @@
 """What may be done to the gradients, and what happens when some are not finite: closed lists of words."""
 
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
+
 from lightning_gradclip import checks
+from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.select import kinds
 from lightning_gradclip.select.parameters import Selection
 
 if TYPE_CHECKING:
@@ -66,6 +71,11 @@ class Policy:
                 f"{watched} writes nothing, so nonfinite={nonfinite!r} cannot be kept; "
                 "use nonfinite='ignore' or 'raise', or action='clip'"
             )
+        if method is not None and method.needs_loss and action != "skip":
+            raise ValueError(
+                f"{method!r} drops steps whose loss stands out, which action={action!r} does not; use action='skip', "
+                "or loss=False"
+            )
         if action == "skip" and method is None:
             raise ValueError("method=None writes nothing, so action='skip' cannot be kept; give a method")
         if action == "skip" and method is not None and method.may_grow:
@@ -120,6 +130,7 @@ class Options:
     fold: bool = False
     process_group: Any = None
     scale_free: str = "warn"
+    centralize: bool = False
     triton: bool = False
     policy: Policy = field(init=False)
 
@@ -135,6 +146,14 @@ class Options:
             raise ValueError(f"{asked} asks for a kernel of Triton, which is not installed; write pip install triton")
         if checks.flag("fold", self.fold):
             _require_one_coefficient(self.method, policy)
+        if checks.flag("centralize", self.centralize) and not policy.writes:
+            watched = "method=None" if self.method is None else "action='observe'"
+            raise ValueError(
+                f"{watched} writes nothing, so centralize=True cannot be kept; use centralize=False, or "
+                "action='clip' with a method, such as NormClip(max_norm=inf), which limits nothing"
+            )
+        if self.method is not None and self.method.needs_loss and self.process_group is not None:
+            raise ValueError("not all ranks of process_group= know a loss; use loss=False, or process_group=None")
         include, exclude = (checks.patterns(name, getattr(self, name)) for name in ("include", "exclude"))
         # Frozen for everybody else.
         vars(self).update(policy=policy, include=include, exclude=exclude, triton=triton)
@@ -145,13 +164,15 @@ class Options:
         words = {"method": "None" if method is None else type(method).__name__}
         given = {} if method is None else {name: one for name, one in vars(method).items() if name != "state"}
         names = ("action", "nonfinite", "max_consecutive_skips", "include", "exclude")
-        names += ("measure_per", "fold", "scale_free")
+        names += ("measure_per", "fold", "scale_free", "centralize")
         given |= {name: getattr(self, name) for name in names} | vars(self.policy)
         return words | {name: repr(one) for name, one in given.items() if isinstance(one, _PLAIN)}
 
 
 def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:
     remedy = "use fold=False"
+    if method is not None and method.needs_loss:
+        raise ValueError(f"fold=True decides on the device, and {method!r} looks at a loss on the host; {remedy}")
     if method is None or not policy.writes:
         raise ValueError(f"fold=True hands over a coefficient, but nothing is to be clipped; {remedy}")
     if method.per != "model":
@@ -159,6 +180,13 @@ def _require_one_coefficient(method: ClipMethod | None, policy: Policy) -> None:
             f"fold=True hands the optimizer one coefficient, but {method!r} has one for each {method.per}; "
             f"{remedy}, or a method with per='model'"
         )
+
+
+def warn_of_scale_free(method: ClipMethod, selection: Selection, optimizer: Optimizer) -> None:
+    """Say what a fixed limit does next to nothing to, if there is any such parameter."""
+    said = pointless(method, selection, kinds.scale_free(optimizer))
+    if said and ranks.is_first_rank():
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 def pointless(method: ClipMethod, selection: Selection, free: Mapping[int, str]) -> str | None:

@@ -92,6 +92,14 @@ class Stalls:
         before = torch.minimum(fresh, given * (norm / after))
         self._seen = _Seen(before, given, felt_beside(moments, ripe), norm, limit)
 
+    def lost(self) -> tuple[int, str] | None:
+        """Of how many parameters less than half of the movement is left, and the name of the worst; None of none."""
+        if self._seen is None:
+            return None
+        kept = self._seen.kept()
+        count = int((kept < _HALF).sum())
+        return (count, self._selection.names[int(kept.argmin())]) if count else None
+
     def share(self) -> float | None:
         """The share of the parameters of which clipping takes what was to be felt; None: nothing is known.
 

@@ -58,6 +58,14 @@ class Meeting:
         return carried.to(vector.device)
 
 
+def average(value: Tensor) -> float:
+    """The mean over all ranks of the run of a number, 0-d, which the host waits for."""
+    if not are_several():
+        return value.item()
+    meeting = Meeting()
+    return meeting.total(value.view(1)).item() / len(meeting.ranks)
+
+
 def members(process_group: Any) -> tuple[int, ...] | None:
     """The ranks of a ProcessGroup or a DeviceMesh, in its order; None for None.
 

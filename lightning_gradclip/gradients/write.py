@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradclip.gradients import foreach, norms
 from lightning_gradclip.gradients.entries import stored_bounds
+from lightning_gradclip.gradients.moments import Moment, kept_within
 from lightning_gradclip.gradients.norms import CHUNK, FEW, MANY
 from lightning_gradclip.gradients.ranks import settled
 from lightning_gradclip.select import layout
@@ -107,7 +108,33 @@ class Clamp(NamedTuple):
                 values.clamp_(*stored_bounds(values.dtype, self.low, self.high))
 
 
-Change: TypeAlias = ScaleAll | Scale | ScaleUnits | Clamp
+class ClampBeside(NamedTuple):
+    """Bring entries beyond `bounds`, `(P,)`, times the root of what an optimizer has as their mean square, to that.
+
+    Of the parameters at these places; what the optimizer knows is as `moments` has it for each, `(P,)`.
+    """
+
+    bounds: Tensor
+    moments: Sequence[Moment | None]
+    places: Sequence[int]
+
+    def apply(self, params: Sequence[Tensor], *, triton: bool = False) -> None:
+        """Write the gradients of these parameters."""
+        for place in self.places:
+            moment, gradient = self.moments[place], params[place].grad
+            if gradient is None or moment is None:
+                continue
+            values, square = _stored_values(params[place], gradient), moment.square
+            if (sparse := params[place].grad) is not None and sparse.is_sparse:
+                square = square[sparse.indices().unbind()]
+            bound = self.bounds[place].to(square.device)
+            rows, squares = (one.view(1) if one.ndim == 0 else one for one in (values, square))
+            size = max(1, CHUNK * len(rows) // max(1, rows.numel()))
+            for some, theirs in zip(rows.split(size), squares.split(size), strict=True):
+                some.copy_(kept_within(some, theirs, bound))
+
+
+Change: TypeAlias = ScaleAll | Scale | ScaleUnits | Clamp | ClampBeside
 
 
 def settle_(params: Iterable[Tensor]) -> None:
@@ -132,6 +159,21 @@ def zero_nonfinite_(params: Iterable[Tensor]) -> None:
         if (gradient := parameter.grad) is not None:
             values = _stored_values(parameter, gradient)
             values.masked_fill_(~torch.isfinite(values), 0.0)
+
+
+def centralize_(params: Iterable[Tensor]) -> None:
+    """Take from each gradient of two dims or more its mean over all dims but the first.
+
+    A row with an entry that is not finite stays as it is, so that it does not spread.
+    """
+    for parameter in params:
+        gradient = parameter.grad
+        if gradient is None or parameter.ndim < 2 or parameter.numel() == 0:
+            continue
+        # Of a DTensor itself, whose ranks may hold pieces of a row.
+        values = _stored_values(parameter, gradient) if type(gradient) is Tensor else gradient
+        mean = values.mean(dim=tuple(range(1, values.ndim)), keepdim=True)
+        values.sub_(torch.where(torch.isfinite(mean), mean, torch.zeros_like(mean)))
 
 
 def drop_(params: Iterable[Tensor]) -> None:

@@ -8,12 +8,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_gradclip.gradients import norms
+from lightning_gradclip.gradients.moments import ripeness, seasoned, surprises
 from lightning_gradclip.gradients.norms import Tensors
 from lightning_gradclip.gradients.read import Meter, exact_norms
 from lightning_gradclip.gradients.reduce import Reduced, Reducer, reduced
-from lightning_gradclip.gradients.write import Change, Clamp, Scale, ScaleAll
+from lightning_gradclip.gradients.write import Change, Clamp, ClampBeside, Scale, ScaleAll
+from lightning_gradclip.limit.expected import Expected
 from lightning_gradclip.limit.learned import Learned
 from lightning_gradclip.methods.method import ClipMethod, coefs_of
 from lightning_gradclip.methods.numbers import divide
@@ -51,6 +54,9 @@ class Outcome:
             clipped = self.row.clipped if isinstance(self.row, Row) else math.nan
             share = "some" if math.isnan(clipped) else f"{clipped:.3g}"
             return f"{share} of the entries lie outside [{self.change.low:g}, {self.change.high:g}]"
+        if isinstance(self.change, ClampBeside):
+            clipped = self.row.clipped if isinstance(self.row, Row) else math.nan
+            return f"{clipped:.3g} of the entries are spikes beside what the optimizer knows of them"
         sizes, limits, worst = self.sizes, self.limits, 0
         if isinstance(sizes, Tensor):
             worst = int((sizes / limits).nan_to_num(0.0).argmax())
@@ -77,6 +83,7 @@ class Limiter(ABC):
     Args:
         method: The method.
         measure_per: Kind of the scopes whose norms are recorded as well, if any.
+        optimizer: Of the parameters, for methods that limit by what it remembers.
 
     Attributes:
         learned: The method and what it has learned.
@@ -91,8 +98,9 @@ class Limiter(ABC):
     scopes: Scopes | Units
     measured: Scopes | None
 
-    def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
+    def __init__(self, method: ClipMethod, measure_per: str | None, optimizer: Optimizer | None = None) -> None:
         self._method, self._measure_per = method, measure_per
+        self._expected = Expected(method, optimizer) if method.needs_moments else None
         self.learned = Learned(method)
         self._seen: torch.device | None = None
         self.tells_groups = "group" in (method.per, measure_per)
@@ -101,7 +109,7 @@ class Limiter(ABC):
     @final
     def serve(self, selection: Selection, reducer: Reducer | None = None) -> None:
         """Take over these parameters; a reducer joins what the ranks know of them, where ranks hold pieces."""
-        self._params, self._reducer, self._seen = selection.params, reducer, None
+        self._params, self._names, self._reducer, self._seen = selection.params, selection.names, reducer, None
         self.served = selection if reducer is None else reducer.everything
         self.measured = self.served.scopes(self._measure_per) if self._measure_per else None
         self.scopes = self._serve(self.served)
@@ -250,8 +258,8 @@ class ScopeLimiter(Limiter):
     on a device, and for rules that want tensors, one scope is as several.
     """
 
-    def __init__(self, method: ClipMethod, measure_per: str | None) -> None:
-        super().__init__(method, measure_per)
+    def __init__(self, method: ClipMethod, measure_per: str | None, optimizer: Optimizer | None = None) -> None:
+        super().__init__(method, measure_per, optimizer)
         self._gradients, self._weighing = Meter(method.norm_type), Meter(method.norm_type)
         self.takes_floats = method.takes_floats and method.per == "model"
 
@@ -280,16 +288,34 @@ class ScopeLimiter(Limiter):
         method, p = self._method, self._method.norm_type
         local = local.to(self._home())
         vectors = [local, self._weighing.each(self._held())] if method.needs_weight else [local]
+        if self._expected is not None:
+            vectors += self._surprises(gradients, local, self._expected)
         known = reduced(self._reducer, gradients, vectors, p)
         each = known.norms[0]
         if isinstance(scale, Tensor) or scale != 1.0:
             each = each / scale
         of_scopes = norms.scope_norms(each, self._scopes, p)
         sizes = of_scopes / self._root_counts(gradients, known, each) if method.statistic == "rms" else of_scopes
+        if self._expected is not None:
+            surprises, counts = (norms.scope_norms(one, self._scopes, p) for one in known.norms[-2:])
+            sizes = surprises / scale / counts.clamp_min(1.0)
         weights = norms.scope_norms(known.norms[1], self._scopes, p) if method.needs_weight else None
         joint = of_scopes[0] if len(of_scopes) == 1 else norms.joint_norm(each, p)
         measured = self._measured_norms(gradients, known, each)
         return Sizes(of_scopes, joint, sizes, weights, measured, known, each)
+
+    def _surprises(self, gradients: Tensors, like: Tensor, expected: Expected) -> list[Tensor]:
+        """Of each parameter the 2-norm of its gradient beside what is expected, and the root of its count, `(P,)` both.
+
+        Both are 0 where the optimizer does not know enough yet.
+        """
+        moments = expected.of(self._params, self._names)
+        known = seasoned(moments, like, self._method.least_steps)
+        there = [one if moment is not None else None for one, moment in zip(gradients, moments, strict=True)]
+        counts = norms.integers_on(tuple(0 if one is None else one.numel() for one in there), like.device)
+        found = surprises(there, moments, ripeness(moments, like))
+        # A mean that is not there has a share of 0, by which nothing is to be divided.
+        return [found.where(known > 0, 0.0), counts.to(like).sqrt() * known]
 
     def _root_counts(self, gradients: Tensors, known: Reduced, like: Tensor) -> Tensor:
         """Square root of the number of elements of each scope that have a gradient, `(S,)`; at least 1."""

@@ -51,6 +51,9 @@ class ClipMethod(KnownArguments, PassedWhole):
         scopes: The values of `per` that the method accepts.
         may_grow: Whether a gradient may be scaled up.
         needs_weight: Whether `limit` wants the sizes of the weights.
+        needs_moments: Whether the rule is about gradients in units of sqrt(v), with v the mean square that an optimizer
+            of Adam's kind keeps for each entry: sizes are then the root mean square of g / sqrt(v) in a scope, v being
+            corrected for its start, and bounds of entries are in units of the sqrt(v) that is kept.
         epsilon: What `coef` adds to the size before dividing by it.
         on_floats: Whether `limit`, `coef` and `update` as this class defines them take plain floats, and True for
             `active`, where one scope is on CPU, to save time: for rules written with `lightning_gradclip.arithmetic`.
@@ -63,6 +66,7 @@ class ClipMethod(KnownArguments, PassedWhole):
     may_grow: bool = False
     scopes: ClassVar[tuple[str, ...]] = ("model", "group", "layer", "parameter")
     needs_weight: ClassVar[bool] = False
+    needs_moments: ClassVar[bool] = False
     on_floats: ClassVar[bool] = False
     # That of torch.nn.utils.clip_grad_norm_. It matters where sizes are as small: rules that follow them have none.
     epsilon: float = 1e-6
@@ -141,6 +145,16 @@ class ClipMethod(KnownArguments, PassedWhole):
     def to_floats(self) -> None:
         """Turn the learned values of a single scope from tensors `(1,)` into plain numbers."""
         self.state = {name: value.item() for name, value in self.state.items()}
+
+    @property
+    def least_steps(self) -> int:
+        """How many steps of the optimizer v has to be from before it counts, for rules that `needs_moments`."""
+        return 1
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the clipper is to drop the steps of batches whose loss stands out too; of `SigmaClip` only."""
+        return False
 
     @property
     def takes_floats(self) -> bool:

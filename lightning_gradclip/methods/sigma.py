@@ -5,7 +5,8 @@ not among them, the limit is m + k * s; none before `warmup` sizes were seen. A 
 itself: with more than one in 1 + k**2 sizes the rule stops seeing them.
 
 Source: the rule by which OLMo-core's `SkipStepOptimizer` drops steps (Team OLMo, "2 OLMo 2 Furious", 2025; there for
-the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm.
+the loss too): action="skip", k=6, window=128, warmup=63 (the option `skip_spikes`), decision for decision for the norm,
+and with loss=True for both: a step is dropped where its norm or its loss exceeds its own limit, and learned from.
 
 Deviations: sizes that are not finite, or exactly zero, are never remembered: one NaN blocks every step of the
 published rule until it has left the window (some versions of OLMo-core leave it out as well). Sizes are remembered
@@ -36,6 +37,8 @@ class SigmaClip(Remembering):
         warmup: How many norms are wanted before anything is limited, from 2 to `window`.
         per: Where the norm is taken, remembered and kept: "model", "group", "layer" or "parameter".
         norm_type: The p of the p-norm, in (0, inf].
+        loss: Whether steps whose loss exceeds mean + k standard deviations of the last losses are dropped too, for
+            action="skip"; of several ranks the mean counts. A plain loop gives it: `clipper.step(loss=loss)`.
 
     Raises:
         TypeError: If a number is not a number.
@@ -50,6 +53,7 @@ class SigmaClip(Remembering):
     warmup: int = 64
     per: str = "model"
     norm_type: checks.Unbounded = 2.0
+    loss: bool = False
 
     def __post_init__(self) -> None:
         self.k = checks.number("k", self.k, at_least=0.0, remedy="k counts standard deviations above the mean")
@@ -62,6 +66,11 @@ class SigmaClip(Remembering):
             )
         checks.choice("per", self.per, self.scopes)
         self.norm_type = checks.number("norm_type", self.norm_type, above=0.0, remedy="the usual norm is norm_type=2")
+        self.loss = checks.flag("loss", self.loss)
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.loss
 
     def fresh_state(self, size: Tensor) -> dict[str, Tensor]:
         return LastSizes.fresh(size, self.window)

@@ -83,14 +83,17 @@ class Selection:
     def units(self) -> Units:
         """The output units of all parameters; refused as `scopes`, or if FSDP has cut through them."""
         self._require_names("unit")
+        self.require_rows("measure its output units", "use per='parameter'")
+        return Units(self.names, self.params)
+
+    def require_rows(self, purpose: str, remedy: str) -> None:
+        """Refuse parameters that FSDP has cut through their rows, for which no rank could do this."""
         cut = next((name for name, one in zip(self.names, self.layouts, strict=True) if one.flattened), None)
         if cut is not None:
             raise ValueError(
-                f"FSDP has cut parameter {cut!r} without regard to its rows, so that no rank can measure its output "
-                "units; shard with FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning "
-                "ModelParallelStrategy), or use per='parameter'"
+                f"FSDP has cut parameter {cut!r} without regard to its rows, so that no rank can {purpose}; shard with "
+                f"FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning ModelParallelStrategy), or {remedy}"
             )
-        return Units(self.names, self.params)
 
     def _require_names(self, per: str) -> None:
         if self.strangers:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_gradclip.act.fold import require_all, require_fused
 from lightning_gradclip.act.policy import Options
+from lightning_gradclip.limit.expected import require_squares
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer.lightning import (
     Callback,
@@ -114,6 +115,8 @@ def served(trainer: Trainer, module: LightningModule, options: Options, only: in
     """
     found = selections(trainer, module, options, trainer.optimizers)
     chosen = {index: one for index, one in enumerate(found) if one.params and only in (None, index)}
+    for index in chosen:
+        require_squares(options.method, trainer.optimizers[index])
     for index, selection in chosen.items() if options.fold else ():
         require_fused(trainer.optimizers[index])
         require_all(selection)

@@ -29,6 +29,7 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "fold": (False,),
     "process_group": (None,),
     "scale_free": ("warn", "clip"),
+    "centralize": (False,),
 }
 
 

@@ -524,3 +524,14 @@ class TestArguments:
             clipper_for(**{option: "encodr.*"})
         assert "encoder.weight" in str(failure.value)
         assert "'encoder.*'" in str(failure.value)
+
+
+def test_centralizing_is_done_before_measuring_and_refused_where_nothing_is_written() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    stats = Clipper([("w", weight)], NormClip(max_norm=1.0), centralize=True).step()
+    assert stats.norm.item() == pytest.approx(math.sqrt(2))
+    torch.testing.assert_close(weight.grad, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / math.sqrt(2), rtol=1e-5, atol=0)
+    for method, options in ((None, {}), (NormClip(), {"action": "observe"})):
+        with pytest.raises(ValueError, match="writes nothing, so centralize=True cannot be kept; use"):
+            GradientClipping(method, centralize=True, **options)

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 import lightning_gradclip
 from kit.drawn import given, settings, st
-from kit.gradients import SHAPES, Witness, named, normal, same_bits, two_groups
+from kit.gradients import REMEMBERED, SHAPES, Witness, named, normal, remembering, same_bits, two_groups
 from kit.methods import (
     CLASSES,
     EVERY_MODULE,
@@ -37,6 +37,7 @@ from kit.methods import (
     every_learner,
     every_method,
     mixed,
+    optimizer_of,
     policies,
     public_methods,
     subject,
@@ -140,7 +141,9 @@ class TestClass:
         scopes = SCOPE_OF if chooses_its_scope(cls) else cls.scopes
         for per, action, nonfinite in product(scopes, ACTIONS, NONFINITE):
             try:
-                Clipper(pairs, subject(cls, per), action=action, nonfinite=nonfinite)
+                method = subject(cls, per)
+                optimizer = remembering(pairs) if method.needs_moments else None
+                Clipper(pairs, method, optimizer=optimizer, action=action, nonfinite=nonfinite)
             except ValueError as error:
                 refused[per, action, nonfinite] = str(error)
             else:
@@ -167,7 +170,7 @@ class Stepper:
         self.method = subject(cls, per)
         self.pairs = named({name: torch.zeros(shape) for name, shape in SHAPES.items()})
         self.clipper = Clipper(
-            self.pairs, self.method, optimizer=two_groups(self.pairs), action=action, nonfinite=nonfinite
+            self.pairs, self.method, optimizer=optimizer_of(self.method, self.pairs), action=action, nonfinite=nonfinite
         )
 
     def give(self, gradients: dict[str, Tensor | None]) -> Witness:
@@ -230,6 +233,8 @@ def assert_untouched_within(stepper: Stepper, witness: Witness, stats: StepStats
     """What is within its limit has the bits it had; a gradient of which nothing is over was not even written."""
     per = stepper.method.per
     low, high = stepper.method.bounds(0) if per == "element" else (-math.inf, math.inf)
+    if stepper.method.needs_moments:
+        low, high = low * REMEMBERED, high * REMEMBERED
     over = {scope for scope, one in zip(stats.scopes, (stats.sizes > stats.limits).tolist(), strict=True) if one}
     may_be_written = set()
     pairs = zip(pieces(per, witness.copies()), pieces(per, stepper.gradients()), strict=True)
@@ -343,7 +348,9 @@ class TestGradients:
         method = subject(cls, per)
         empty = Parameter(torch.zeros(0, 3))
         empty.grad = torch.zeros(0, 3)
-        clipper = Clipper([("layer.empty", empty)], method, action=action)
+        pairs = [("layer.empty", empty)]
+        optimizer = remembering(pairs) if method.needs_moments else None
+        clipper = Clipper(pairs, method, optimizer=optimizer, action=action)
         stats = clipper.step()
         assert (stats.norm.item(), stats.finite.item(), stats.skipped.item()) == (0.0, True, False)
         assert empty.grad.shape == (0, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kit import reference
+from kit import peers, reference
 from kit.gradients import Witness, named, same_bits
 from lightning_gradclip.gradients import write
 
@@ -390,3 +390,26 @@ def test_dropping_removes_gradients_and_touches_nothing_else() -> None:
     assert torch.equal(gradient, before)
     assert gradient._version == 0
     assert all(torch.equal(parameter, torch.full_like(parameter, 0.5)) for _, parameter in pairs)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3), (4, 3, 2, 2), (0, 3), (4, 0)])
+def test_rows_are_centralized_as_published(shape: tuple[int, ...]) -> None:
+    published = peers.module("pytorch_optimizer.optimizer.gradient_centralization").centralize_gradient
+    given = random(*shape) + 1.0
+    [parameter] = holding(given.clone())
+    write.centralize_([parameter])
+    if given.numel():
+        published(given)
+    torch.testing.assert_close(parameter.grad, given, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_that_is_not_finite_is_left_as_it_is_and_a_sparse_one_is_centralized() -> None:
+    given = random(3, 4)
+    given[1, 2] = math.inf
+    sparse = torch.sparse_coo_tensor([[0, 2, 0]], random(3, 4), (5, 4), check_invariants=True)
+    parameters = holding(given.clone(), sparse.clone(), None)
+    write.centralize_(parameters)
+    assert same_bits(parameters[0].grad[1], given[1])
+    for dense in (parameters[0].grad[[0, 2]], parameters[1].grad.to_dense()):
+        assert dense.mean(dim=1).abs().max() < 1e-7
+        assert dense.abs().max() > 0.1

@@ -37,6 +37,20 @@ def two_groups(pairs: Sequence[tuple[str, Parameter]]) -> torch.optim.SGD:
     return torch.optim.SGD([{"params": first}, {"params": second}], lr=0.1)
 
 
+# The root of the mean square that `remembering` has of every entry.
+REMEMBERED = 2.0**-7
+
+
+def remembering(pairs: Sequence[tuple[str, Parameter]]) -> torch.optim.Adam:
+    """The same for rules about what an optimizer remembers: one of Adam's kind, as after a hundred steps."""
+    groups = [{"params": group["params"]} for group in two_groups(pairs).param_groups]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.1)
+    for _, one in pairs:
+        mean, square = torch.zeros_like(one), torch.full_like(one, REMEMBERED**2)
+        optimizer.state[one] = {"step": torch.tensor(100.0), "exp_avg": mean, "exp_avg_sq": square}
+    return optimizer
+
+
 def normal(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Normally distributed gradients for the model in small."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,12 +4,15 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from kit.gradients import SCOPES, normal
+from kit.gradients import SCOPES, normal, remembering, two_groups
 from kit.running_max import RunningMax
 from lightning_gradclip import ClipMethod, methods
 from lightning_gradclip.act.policy import ACTIONS, NONFINITE
@@ -63,6 +66,11 @@ def chooses_its_scope(cls: type[ClipMethod]) -> bool:
 
 def subject(cls: type[ClipMethod], per: str) -> ClipMethod:
     return cls(per=per) if chooses_its_scope(cls) else cls()
+
+
+def optimizer_of(method: ClipMethod | None, pairs: Sequence[tuple[str, Parameter]]) -> Optimizer:
+    """Two groups, under an optimizer that the method can do with."""
+    return remembering(pairs) if method is not None and method.needs_moments else two_groups(pairs)
 
 
 def mixed(seed: int) -> dict[str, Tensor]:

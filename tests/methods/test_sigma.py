@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from kit import reference
 from kit.boring import Prescribed, fit, gradients, weights
 from kit.streams import Fed, noisy, shifted
-from lightning_gradclip import SigmaClip
+from lightning_gradclip import Clipper, GradientClipping, SigmaClip
 
 
 def skip_spikes() -> DictConfig:
@@ -183,11 +183,12 @@ class TestArguments:
             "warmup": 64,
             "per": "model",
             "norm_type": 2.0,
+            "loss": False,
         }
 
     def test_numbers_become_plain(self) -> None:
         method = SigmaClip(k=3, window=np.int64(5), warmup=np.int32(2), norm_type=1)
-        assert repr(method) == "SigmaClip(k=3.0, window=5, warmup=2, per='model', norm_type=1.0)"
+        assert repr(method) == "SigmaClip(k=3.0, window=5, warmup=2, per='model', norm_type=1.0, loss=False)"
 
     @pytest.mark.parametrize(
         ("arguments", "error", "said"),
@@ -223,3 +224,43 @@ class TestArguments:
         with pytest.raises(error) as failure:
             SigmaClip(**arguments)
         assert str(failure.value) == said
+
+
+class TestLosses:
+    """loss=True: OLMo's rule on the norm and the loss."""
+
+    @pytest.mark.filterwarnings("ignore:dropped optimizer step:RuntimeWarning")
+    def test_the_steps_of_olmos_rule_on_both_are_dropped_also_after_a_restart(self) -> None:
+        rows, losses = noisy(800, seed=3, spikes=0.01), noisy(800, seed=4, spikes=0.01)[:, 0]
+        method = dataclasses.replace(instantiate(skip_spikes().method), loss=True)
+        fed, dropped = Fed(method, action="skip", max_consecutive_skips=None), []
+        for step, (row, loss) in enumerate(zip(rows, losses, strict=True)):
+            if step == 400:
+                state, fed = fed.clipper.state_dict(), Fed(method, action="skip", max_consecutive_skips=None)
+                fed.clipper.load_state_dict(state)
+            fed.give(row)
+            dropped.append(fed.clipper.step(loss=torch.tensor(loss)).skipped.item())
+        by_norm, by_loss = reference.olmo_drops(rows[:, 0]), reference.olmo_drops(losses)
+        assert dropped == [one or other for one, other in zip(by_norm, by_loss, strict=True)]
+        assert sum(by_norm) > 2
+        assert sum(one and not other for one, other in zip(by_loss, by_norm, strict=True)) > 3
+
+    def test_a_trainer_tells_it_the_loss_and_the_reason_is_named(self) -> None:
+        class Jumps(Prescribed):
+            def training_step(self, batch, batch_idx):
+                return self.loss(batch) + (100.0 if batch_idx == 9 else 0.1 * (batch_idx % 3))
+
+        module = Jumps(lambda params: torch.optim.SGD(params, lr=0.0))
+        callback = GradientClipping(SigmaClip(k=5.0, window=8, warmup=4, loss=True), action="skip")
+        with pytest.warns(RuntimeWarning, match=r"dropped optimizer step 9: the loss 98.* is over its limit"):
+            trainer = fit(module, gradients(1) * 12, callback)
+        assert trainer.callback_metrics["gradclip/skipped"] == 1
+
+    def test_what_it_cannot_do_is_refused(self) -> None:
+        method = SigmaClip(loss=True)
+        with pytest.raises(ValueError, match=r"action='clip' does not; use action='skip'"):
+            GradientClipping(method)
+        weight = torch.nn.Parameter(torch.zeros(2))
+        weight.grad = torch.ones(2)
+        with pytest.raises(ValueError, match=r"was given none; write clipper.step\(loss=loss\)"):
+            Clipper([("w", weight)], method, action="skip").step()

@@ -9,7 +9,7 @@ from torch.optim import Adam
 
 from kit import layouts, workers
 from kit.sharded import Spread
-from lightning_gradclip import AGC, Clipper, NormClip, ValueClip
+from lightning_gradclip import AGC, Clipper, NormClip, SpikeClip, SurpriseClip, ValueClip
 
 pytestmark = pytest.mark.distributed
 
@@ -18,13 +18,15 @@ METHODS = {
     "norm of each parameter": partial(NormClip, max_norm=0.1, per="parameter"),
     "value": partial(ValueClip, max_value=0.01),
     "agc": partial(AGC, clip_factor=0.05, per="parameter"),
+    "surprise": partial(SurpriseClip, k=1.1, warmup=3, per="model"),
+    "spike": partial(SpikeClip, theta=1.1, warmup=1),
     "nothing": None,
 }
 
 
 @workers.once
 def weights() -> dict[str, list[Any]]:
-    """By layout, what each rank says of the weights after two steps with each method."""
+    """By layout, what each rank says of the weights after four steps with each method."""
 
     def work(rank: int, name: str) -> dict[str, Any]:
         found = {}
@@ -33,7 +35,7 @@ def weights() -> dict[str, list[Any]]:
             # A first step of Adam does not see the size of a gradient, unless eps is not small beside it.
             optimizer = Adam(spread.params, lr=0.1, eps=0.05)
             clipper = Clipper(spread.module, make and make(), optimizer=optimizer)
-            for factor in (1.0, 3.0):
+            for factor in (1.0, 1.0, 1.0, 30.0):
                 spread.give(factor)
                 clipper.step()
                 optimizer.step()
