@@ -43,6 +43,7 @@ from kit.methods import (
     subject,
 )
 from kit.root import ROOT
+from kit.running_max import RunningMax
 from lightning_gradclip import ClipMethod, Clipper, StepStats, methods
 from lightning_gradclip.act.policy import ACTIONS, NONFINITE
 
@@ -100,13 +101,14 @@ class TestFiles:
 
 class TestClass:
     @pytest.mark.parametrize("cls", CLASSES)
-    def test_it_is_a_dataclass_of_keywords_with_defaults(self, cls: type[ClipMethod]) -> None:
+    def test_it_is_a_dataclass_of_defaults_whose_limit_may_be_said_first(self, cls: type[ClipMethod]) -> None:
         assert dataclasses.is_dataclass(cls)
         assert cls.__dataclass_fields__ == {field.name: field for field in dataclasses.fields(cls)}
-        parameters = inspect.signature(cls).parameters.values()
-        assert parameters
-        for parameter in parameters:
-            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        first, *others = inspect.signature(cls).parameters.values()
+        # Methods of users may be of keywords only.
+        assert cls is RunningMax or first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        assert {parameter.kind for parameter in others} <= {inspect.Parameter.KEYWORD_ONLY}
+        for parameter in (first, *others):
             assert parameter.default is not inspect.Parameter.empty
         assert cls() == cls()
 
