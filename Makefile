@@ -88,7 +88,7 @@ docs: docs-build  ## build the site, strictly, and serve it at http://127.0.0.1:
 
 docs-build: $(VENV)/.ready-docs  ## build the site into outputs/site; a broken link is an error (three minutes at first)
 	@echo "==> Building the site"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-versions: $(VENV)/.venv  ## run the quick tests with TORCH=2.14 LIGHTNING=2.6, and record what came of it
 	@echo "==> Testing with torch $(TORCH) and Lightning $(LIGHTNING)"
