@@ -33,11 +33,13 @@ def stream() -> np.ndarray:
 def shown(method: ClipMethod) -> np.ndarray:
     """Norm before, norm after and limit of each step, (STEPS, 3), of sixteen entries beside weights of norm 40."""
     weight = torch.nn.Parameter(torch.full((16,), 10.0))
-    clipper = Clipper([("weight", weight)], method)
+    optimizer = torch.optim.Adam([weight], lr=0.0)  # some methods ask what it remembers; the weights stay
+    clipper = Clipper([("weight", weight)], method, optimizer=optimizer)
     rows = []
     for norm in stream():
         weight.grad = torch.full((16,), float(norm) / 4)
         row = clipper.step()
+        optimizer.step()
         rows.append((float(norm), float(weight.grad.norm()), float(row.limit)))
     return np.array(rows)
 
