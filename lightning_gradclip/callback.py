@@ -1,8 +1,7 @@
 """The Lightning callback: hooks, conflict checks and checkpoint state around one clipper per optimizer."""
 
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
@@ -18,7 +17,6 @@ from lightning_gradclip.checks import KnownArguments
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.gradients import ranks
 from lightning_gradclip.methods.method import ClipMethod
-from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer import conflicts, lightning
 from lightning_gradclip.trainer.clippers import Clippers
@@ -27,14 +25,13 @@ from lightning_gradclip.trainer.deepspeed import Delegated, Handover
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer
 from lightning_gradclip.trainer.log import Publisher
 from lightning_gradclip.trainer.progress import Progress
+from lightning_gradclip.trainer.reach import InReach
 from lightning_gradclip.trainer.record import Recorder, histories
 from lightning_gradclip.trainer.takeover import NO_LIMIT, Takeover
 from lightning_gradclip.trainer.watch import Watch
 
-_log = logging.getLogger("lightning_gradclip")
 
-
-class GradientClipping(KnownArguments, Callback):
+class GradientClipping(KnownArguments, InReach, Callback):
     """Clips gradients before every optimizer step and logs what that did.
 
     Every optimizer of the module gets a clipper of its own, with its own copy of the method. Works under automatic
@@ -116,20 +113,9 @@ class GradientClipping(KnownArguments, Callback):
         summary: bool = True,
         relearn: bool = False,
     ) -> None:
-        self._options = Options(
-            method,
-            action,
-            nonfinite,
-            max_consecutive_skips,
-            include,
-            exclude,
-            measure_per=measure_per,
-            fold=fold,
-            process_group=process_group,
-            scale_free=scale_free,
-            centralize=centralize,
-            triton=triton,
-        )
+        more: Any = {"measure_per": measure_per, "fold": fold, "process_group": process_group}
+        more |= {"scale_free": scale_free, "centralize": centralize, "triton": triton}
+        self._options = Options(method, action, nonfinite, max_consecutive_skips, include, exclude, **more)
         if not isinstance(process_group, str):
             ranks.members(process_group)
         if optimizer is not None:
@@ -172,46 +158,6 @@ class GradientClipping(KnownArguments, Callback):
         callback = cls(NO_LIMIT, **options)
         callback._takeover.on = True
         return callback
-
-    def __repr__(self) -> str:
-        options = self._options
-        scopes = "" if options.include == ("*",) and not options.exclude else f", include={list(options.include)!r}, "
-        scopes += f"exclude={list(options.exclude)!r}" if scopes else ""
-        return f"GradientClipping({self.method!r}, action={options.policy.action!r}, name={self.name!r}{scopes})"
-
-    @property
-    def method(self) -> ClipMethod | None:
-        """How to clip, checked and fixed; None measures only.
-
-        Another one may be assigned at any time, on every rank between the same two steps: see `Clipper.method`.
-        """
-        return self._options.method
-
-    @method.setter
-    def method(self, method: ClipMethod | None) -> None:
-        options = replace(self._options, method=method)
-        if self._handover is not None:
-            raise ValueError(
-                "DeepSpeed clips by itself, by what it was told at the start; change the method between fits"
-            )
-        if self._refuse is not None:
-            self._refuse(options)
-        self._options = options
-        for index, clipper in self.clippers.items():
-            clipper.method = method
-            self._recorder.change(index, method=method, action=options.policy.action)
-            if ranks.is_first_rank():
-                _log.info("%s clips by %r from step %d on", self.name, method, clipper.steps)
-
-    @property
-    def clippers(self) -> Mapping[int, Clipper]:
-        """The clippers of a fit by the index of their optimizer, each from its first step on; to be read only."""
-        return {index: one for index, one in self._clippers.items() if isinstance(one, Clipper)}
-
-    @property
-    def stats(self) -> Mapping[int, StepStats]:
-        """What the last step of each optimizer did, by its index."""
-        return {index: one.stats for index, one in self.clippers.items() if one.stats is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and state: what belongs to a fit stays behind, such as the `log` of the module, Lightning's gift."""
@@ -388,9 +334,7 @@ class GradientClipping(KnownArguments, Callback):
     def _begin(self) -> None:
         """Forget the fit before."""
         self._clippers = Clippers(relearn=self.relearn)
-        # Says what speaks against options in this fit.
-        self._refuse: Callable[[Options], None] | None = None
-        self._handover: Handover | None = None
+        self._refuse, self._handover = None, None
         self._delegated: Delegated | None = None
         self._publisher = self._publishing(several=False)
         # Keeps the norms of a checkpoint until that of the fit takes over.

@@ -30,7 +30,7 @@ from lightning_gradclip.limit.noted import Observer
 from lightning_gradclip.methods.method import ClipMethod, Unlimited
 from lightning_gradclip.methods.sigma import SigmaClip
 from lightning_gradclip.record.context import NOTHING, Context
-from lightning_gradclip.record.kept import Kept
+from lightning_gradclip.record.kept import Kept, finish
 from lightning_gradclip.record.step import StepStats
 from lightning_gradclip.record.window import Reader, Recorded, Window, WindowNumbers
 from lightning_gradclip.select.parameters import Names, Selection
@@ -55,25 +55,21 @@ class Clipper(Recorded):
         include: Shell pattern or patterns over parameter names, admitting parameters.
         exclude: Pattern or patterns taken out of what `include` admits.
         measure_per: "group", "layer" or "parameter": also record the norms of these scopes.
-        fold: Hand the coefficient to a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True) instead of writing
-            the gradients, which then stay unclipped for hooks that come later; for methods with per="model". Only the
-            next `optimizer.step()` uses it.
-        process_group: The ranks over which different parameters are held, such as the stages of a pipeline or local
-            experts, whose norms are to be one: a ProcessGroup or a DeviceMesh, such as `mesh["pp"]`. Every rank then
-            clips by the same factor. None: ranks hold the same parameters, or pieces of them.
-        scale_free: What to do about parameters that an optimizer steps by the direction of their gradient alone, as
-            Muon, Lion or SignSGD does, so that a limit does next to nothing to them: "warn" clips them and says
-            so once where the limit is a fixed one, "clip" says nothing, "exclude" leaves them out.
+        fold: Hand the coefficient to the next step of a fused optimizer (Adam, AdamW, SGD or Adagrad with fused=True)
+            instead of writing the gradients, which stay unclipped for later hooks; for methods with per="model".
+        process_group: The ranks over which different parameters are held, such as stages of a pipeline or local
+            experts, which all clip by one factor: a ProcessGroup or DeviceMesh, such as `mesh["pp"]`. None: ranks hold
+            the same parameters, or pieces of them.
+        scale_free: Parameters that an optimizer steps by direction alone (Muon, Lion, SignSGD), to which a limit does
+            next to nothing: "warn" clips them and says so once, "clip" says nothing, "exclude" leaves them out.
         centralize: Take from each gradient of two dims or more, first of all, its mean over all dims but the first.
         triton: Multiply large CUDA gradients by a kernel that touches none where nothing is clipped; not yet measured.
-        history: A folder in which every step is recorded, for `lightning-gradclip report` and `advise`; False: none.
-            The first rank writes. At most 1,024 steps, or 2**18 norms of scopes, wait in memory, until `metrics()`,
-            `state_dict()`, `look()`, `close()` or the end of the process.
+        history: A folder in which the first rank records every step, for `lightning-gradclip report` and `advise`. At
+            most 1,024 steps, or 2**18 norms, wait for `metrics()`, `look()`, `close()` or the end of the process.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of range, a pattern matches no parameter, or FSDP has cut or joined
-            what the method wants to tell apart.
+        ValueError: If an argument is out of range, a pattern matches nothing, or FSDP has cut what is to be told apart.
         RuntimeError: If ranks that share a model serve different parameters, or clip by different settings.
     """
 
@@ -99,27 +95,16 @@ class Clipper(Recorded):
         folder = checks.folder("history", history)
         if folder is True:
             raise ValueError("history=True is for a Trainer, whose logger has a folder; write history='logs/gradclip'")
-        options = Options(
-            method,
-            action,
-            nonfinite,
-            max_consecutive_skips,
-            include,
-            exclude,
-            measure_per=measure_per,
-            fold=fold,
-            process_group=process_group,
-            scale_free=scale_free,
-            centralize=centralize,
-            triton=triton,
-        )
+        more: Any = {"measure_per": measure_per, "fold": fold, "process_group": process_group}
+        more |= {"scale_free": scale_free, "centralize": centralize, "triton": triton}
+        options = Options(method, action, nonfinite, max_consecutive_skips, include, exclude, **more)
         settings: Any = {"method": method, "action": options.policy.action, "measure_per": measure_per}
         self._kept = Kept(Path(folder).expanduser(), **settings) if folder and ranks.is_first_rank() else None
         readers = () if self._kept is None else (self._kept.take,)
         self._serve(named_parameters, optimizer, options, readers)
         if self._kept is not None:
             # They outlive the clipper: what it has recorded is written when nobody has it any more.
-            weakref.finalize(self, _finish, self._window, self._kept, os.getpid())
+            weakref.finalize(self, finish, self._window.look, self._kept, os.getpid())
         if self._apart is None:
             # A rank that others are apart from may hold nothing.
             self._names.require_any(optimizer)
@@ -186,21 +171,15 @@ class Clipper(Recorded):
         goes on where it means the same to it, as to one of the same class and memory; else it learns afresh.
 
         Raises:
-            TypeError: If it is not a method.
-            ValueError: If it does not go together with the other options, or takes norms of another `norm_type`, which
-                one record cannot hold.
+            ValueError: If it contradicts the other options, or takes norms of another `norm_type`.
         """
         return self._options.method
 
     @method.setter
     def method(self, method: ClipMethod | None) -> None:
         options = replace(self._options, method=method)
-        before, after = self._limiter.learned, 2.0 if method is None else method.norm_type
-        if after != before.method.norm_type:
-            raise ValueError(
-                f"norm_type={after:g} in place of {before.method.norm_type:g} would give the norms of this run two "
-                f"meanings; keep norm_type={before.method.norm_type:g}, or begin a new run"
-            )
+        before = self._limiter.learned
+        before.require_same_norm(method)
         self._window.look()
         self._work_by(options)
         self._limiter.learned.inherit(before)
@@ -261,7 +240,9 @@ class Clipper(Recorded):
                 self._select()
             scaler = scaler if scaling.is_enabled(scaler) else None
             on_host = self._on_host if self._fold is None else self._decides_on_host(self._fold, scaler)
-            scale = 1.0 if scaler is None else self._unscale(scaler)
+            scale: float | Tensor = 1.0
+            if scaler is not None:
+                scale = scaling.unscaled(scaler, self._optimizer, writes=self._unscales, together=bool(self._reducer))
             if self._writes and self._selection.is_distributed:
                 write.settle_(self._selection.params)
             if self._centralizes:
@@ -293,8 +274,10 @@ class Clipper(Recorded):
 
     def numbers(self) -> WindowNumbers:
         found = super().numbers()
+        share = None if self._stalls is None else self._stalls.share()
         # Of a window without a finite step there is nothing to tell.
-        return found._replace(metrics=found.metrics | self._felt()) if "norm" in found.metrics else found
+        known = share is not None and "norm" in found.metrics
+        return found._replace(metrics=found.metrics | {"stalled": share}) if known else found
 
     def take(self) -> WindowNumbers:
         self._skips.review(self._steps - 1)
@@ -307,11 +290,6 @@ class Clipper(Recorded):
         self.look()
         if self._kept is not None:
             self._kept.close()
-
-    @property
-    def steps(self) -> int:
-        """Steps in which some parameter had a gradient, those before a restart included."""
-        return self._steps
 
     @property
     def selection(self) -> Selection:
@@ -385,6 +363,8 @@ class Clipper(Recorded):
             policy.warn_of_scale_free(self._limiter.learned.method, selection, self._optimizer)
         self._actor.serve(selection)
         self._reducer = reduce.reducer_for(selection, self._settings, self._apart, self._names.unmatched)
+        # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
+        self._unscales = self._writes and (self._fold is None or self._reducer is not None)
         self._limiter.serve(selection, self._reducer)
         if self._apart is not None or (self._reducer is not None and self._reducer.has_met_all):
             self._watch = None
@@ -402,32 +382,8 @@ class Clipper(Recorded):
         asks = self._optimizer is not None or self._names.follows or self._selection.is_distributed
         if not (asks or self._steps or self._has_warned):
             self._has_warned = True
-            warnings.warn(
-                f"none of the {len(self._selection.params)} parameters has a gradient, so that nothing was clipped; "
-                "call step() after backward(), and where the model has replaced its parameters since it named them, as "
-                "load_state_dict(assign=True) and fully_shard do, give it the model: Clipper(model, ...)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warnings.warn(self._selection.without_gradients(), RuntimeWarning, stacklevel=3)
         return StepStats.of_nothing(self._limiter.scopes)
-
-    def _felt(self) -> dict[str, float]:
-        share = None if self._stalls is None else self._stalls.share()
-        return {} if share is None else {"stalled": share}
-
-    def _unscale(self, scaler: GradScaler) -> float | Tensor:
-        """Unscale the gradients, or where nothing is to be written say what they are still multiplied by."""
-        if self._optimizer is None:
-            raise ValueError(
-                "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
-                "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
-            )
-        # Where ranks hold pieces, a scaler that has yet to look for overflows would find those of its rank only.
-        folds = self._fold is not None and self._reducer is None
-        if not self._writes or folds:
-            return scaling.pending_scale(scaler, self._optimizer)
-        scaling.unscale_(scaler, self._optimizer, together=self._reducer is not None)
-        return 1.0
 
     def _decides_on_host(self, fold: Fold, scaler: GradScaler | None) -> bool:
         fold.withdraw()
@@ -442,10 +398,3 @@ class Clipper(Recorded):
             verdict.then()
         self._last = StepStats(row, outcome.sizes, outcome.limits, self._limiter.scopes, outcome.measured, places)
         return self._last
-
-
-def _finish(window: Window, kept: Kept, process: int) -> None:
-    """Write the rest; but not what a fork has inherited, which its parent writes."""
-    if os.getpid() == process:
-        window.look()
-        kept.close()

@@ -34,6 +34,19 @@ def unscale_(scaler: GradScaler, optimizer: Optimizer, *, together: bool = False
         scaler.unscale_(optimizer)
 
 
+def unscaled(scaler: GradScaler, optimizer: Optimizer | None, *, writes: bool, together: bool) -> float | torch.Tensor:
+    """Unscale the gradients, or where nothing is to be written say what they are still multiplied by."""
+    if optimizer is None:
+        raise ValueError(
+            "step() was given a GradScaler, which unscales an optimizer's gradients, but this clipper has none; "
+            "pass optimizer= to Clipper, or unscale first and call step() without the scaler"
+        )
+    if not writes:
+        return pending_scale(scaler, optimizer)
+    unscale_(scaler, optimizer, together=together)
+    return 1.0
+
+
 def agree(scaler: GradScaler, optimizer: Optimizer, finite: float | torch.Tensor) -> None:
     """Have the scaler drop the step where some rank's gradients are not finite.
 

@@ -59,6 +59,15 @@ class Learned:
         """Values by scope name, with their fingerprint."""
         return save(self.method, self._scopes)
 
+    def require_same_norm(self, method: ClipMethod | None) -> None:
+        """Refuse a method, None for one that measures only, whose norms are none of those recorded so far."""
+        before, after = self.method.norm_type, 2.0 if method is None else method.norm_type
+        if after != before:
+            raise ValueError(
+                f"norm_type={after:g} in place of {before:g} would give the norms of this run two meanings; "
+                f"keep norm_type={before:g}, or begin a new run"
+            )
+
     def inherit(self, other: "Learned") -> None:
         """Go on from what another method has learned, if that means the same to this one."""
         if fingerprint(self.method) == fingerprint(other.method):

@@ -1,8 +1,9 @@
 """The history of one optimizer in a run: opened at its first step, and kept as long as that is possible."""
 
 import contextlib
+import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,10 @@ class Kept:
 
 def _beside(folder: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}-{number}")
+
+
+def finish(look: Callable[[], None], kept: Kept, process: int) -> None:
+    """Have the rest written; but not what a fork has inherited, which its parent writes."""
+    if os.getpid() == process:
+        look()
+        kept.close()

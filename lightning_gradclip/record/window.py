@@ -257,7 +257,7 @@ class Recorded:
 
     @property
     def steps(self) -> int:
-        """Steps recorded since the start."""
+        """Steps recorded since the start, those before a restart included; of a clipper those with some gradient."""
         return self._steps
 
     @property

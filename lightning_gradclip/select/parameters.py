@@ -95,6 +95,14 @@ class Selection:
                 f"FSDP2 (torch.distributed.fsdp.fully_shard, in Lightning ModelParallelStrategy), or {remedy}"
             )
 
+    def without_gradients(self) -> str:
+        """What is to be said where none of the parameters has one."""
+        return (
+            f"none of the {len(self.params)} parameters has a gradient, so that nothing was clipped; call step() after "
+            "backward(), and where the model has replaced its parameters since it named them, as "
+            "load_state_dict(assign=True) and fully_shard do, give it the model: Clipper(model, ...)"
+        )
+
     def _require_names(self, per: str) -> None:
         if self.strangers:
             raise ValueError(_unnamed(self.strangers, f"per={per!r} needs", "per='model'"))
