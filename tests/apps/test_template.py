@@ -137,13 +137,16 @@ def logged(folder: Path) -> dict[str, list[float]]:
 
 
 def test_every_option_trains(application: Path, tmp_path: Path) -> None:
-    done = run(application, "-m", "callbacks/gradclip=glob(*)", f"hydra.sweep.dir={tmp_path}")
+    # Its optimizer is SGD, which has no squares to limit by.
+    squared = {"spike", "surprise"}
+    every = f"callbacks/gradclip=glob(*,exclude=[{','.join(sorted(squared))}])"
+    done = run(application, "-m", every, f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     folders = {}
     for file in tmp_path.rglob(".hydra/overrides.yaml"):
         (option,) = re.findall(r"callbacks/gradclip=(\w+)", file.read_text())
         folders[option] = file.parents[1]
-    assert set(folders) == OPTIONS
+    assert set(folders) == OPTIONS - squared
     for option, folder in folders.items():
         metrics = logged(folder)
         assert len(metrics["train_loss"]) == 3

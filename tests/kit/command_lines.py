@@ -178,7 +178,8 @@ def a_sweep_over_every_option(application: Application) -> None:
     started = application.shown("+callbacks/gradclip=glob(*)", "-m")
     targets = [config["callbacks"]["gradclip"]["_target_"] for config in started.printed]
     assert len(targets) > 10
-    assert set(targets) == {"lightning_gradclip.GradientClipping", "lightning_gradclip.hydra.none.no_clipping"}
+    callback = "lightning_gradclip.GradientClipping"
+    assert set(targets) == {callback, f"{callback}.from_trainer", "lightning_gradclip.hydra.none.no_clipping"}
 
 
 # Of a run that sets all of them the usual name of its folder is longer than a file system takes.

@@ -60,12 +60,12 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
 
 
 def methods() -> dict[str, ClipMethod]:
-    """Every method at every scope that it knows, by a name for its callback."""
+    """Every method at every scope that it knows, by a name for its callback, but those that want an Adam."""
     found: dict[str, ClipMethod] = {"NormClip-rms": NormClip(max_norm=0.005, statistic="rms")}
     for name in lightning_gradclip.__all__:
         kind = getattr(lightning_gradclip, name)
         if isinstance(kind, type) and issubclass(kind, ClipMethod) and kind is not ClipMethod:
-            for per in kind.scopes:
+            for per in () if kind.needs_moments else kind.scopes:
                 scope = {"per": per} if len(kind.scopes) > 1 else {}
                 found[f"{name}-{per}"] = kind(**SETTINGS.get(name, {}), **scope)
     return found
