@@ -214,11 +214,9 @@ class Clipper(Recorded):
         """Clip once; call it between `loss.backward()` and `optimizer.step()`.
 
         Args:
-            scaler: The GradScaler that scaled the loss, if any. Gradients that it has not unscaled yet are unscaled
-                here, as `scaler.unscale_(optimizer)` does.
+            scaler: The GradScaler that scaled the loss, if any; what it has not unscaled yet is unscaled here.
             at: The number of this step in the record; None: the steps that this clipper took before.
-            detailed: Takes the place of the attribute in this step, and says whether to look at what the optimizer
-                feels, as before a log event; None: does not, and every 50th step looks.
+            detailed: In place of the attribute, and whether to look at what the optimizer feels; None: every 50th step.
             loss: The loss that was differentiated, for the history and for a method that waits for it.
             batch: For the history: index of the first batch of this step in its epoch.
             epoch: For the history: the epoch.
@@ -228,8 +226,8 @@ class Clipper(Recorded):
 
         Raises:
             ValueError: If a scaler is given and the clipper has no optimizer.
-            FloatingPointError: If gradients are not finite under nonfinite="raise", or more than
-                `max_consecutive_skips` steps in a row were dropped, overflows of a GradScaler aside.
+            FloatingPointError: If gradients are not finite under nonfinite="raise", or more steps in a row were dropped
+                than `max_consecutive_skips`, overflows of a GradScaler aside.
             RuntimeError: If ranks have different gradients of what they hold under one name.
         """
         looks = (self._steps + 1) % _LOOKS_EVERY == 0 if detailed is None else detailed
@@ -243,17 +241,11 @@ class Clipper(Recorded):
             scale: float | Tensor = 1.0
             if scaler is not None:
                 scale = scaling.unscaled(scaler, self._optimizer, writes=self._unscales, together=bool(self._reducer))
-            if self._writes and self._selection.is_distributed:
-                write.settle_(self._selection.params)
-            if self._centralizes:
-                write.centralize_(self._selection.params)
-            gradients = read.gradients_of(self._selection, settled=self._writes)
+            gradients = self._gradients()
             # Where ranks hold pieces, another rank may have gradients where this one has none.
             if self._reducer is None:
                 if read.is_none(gradients):
-                    return self._without_gradients(
-                        scaler, at=at, detailed=detailed, loss=loss, batch=batch, epoch=epoch
-                    )
+                    return self._without_any(scaler, at=at, detailed=detailed, loss=loss, batch=batch, epoch=epoch)
             elif self._reducer.in_doubt and self._reducer.prove(gradients):
                 self._limiter.serve(self._selection, self._reducer)
             outcome = self._limiter.judge(gradients, self._steps, scale, on_host=on_host, detailed=detailed)
@@ -373,7 +365,7 @@ class Clipper(Recorded):
         if self._observer is not None:
             self._observer.serve(self._limiter.served, alone=self._reducer is None)
 
-    def _without_gradients(self, scaler: GradScaler | None, **told: Any) -> StepStats:
+    def _without_any(self, scaler: GradScaler | None, **told: Any) -> StepStats:
         """A step of nothing, unless the model has other parameters by now, which have the gradients."""
         if self._names.has_changed:
             self._is_sure = False
@@ -384,6 +376,14 @@ class Clipper(Recorded):
             self._has_warned = True
             warnings.warn(self._selection.without_gradients(), RuntimeWarning, stacklevel=3)
         return StepStats.of_nothing(self._limiter.scopes)
+
+    def _gradients(self) -> list[Tensor | None]:
+        params = self._selection.params
+        if self._writes and self._selection.is_distributed:
+            write.settle_(params)
+        if self._centralizes:
+            write.centralize_(params)
+        return read.gradients_of(self._selection, settled=self._writes)
 
     def _decides_on_host(self, fold: Fold, scaler: GradScaler | None) -> bool:
         fold.withdraw()

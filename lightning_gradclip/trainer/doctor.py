@@ -6,10 +6,11 @@ between the last two by the trainer or by callbacks that come later. Under shard
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_gradclip.act.stalls import Stalls
 from lightning_gradclip.gradients import read
 from lightning_gradclip.gradients.read import Meter
 from lightning_gradclip.methods.norm import NormClip
+from lightning_gradclip.record.rule import limit_for
 from lightning_gradclip.record.step import row_of
 from lightning_gradclip.select.parameters import Names, Selection
 from lightning_gradclip.trainer.lightning import Callback, LightningModule, Trainer, is_any, position
@@ -154,7 +156,6 @@ class Doctor(Callback):
 
 def _findings(seen: _Seen, of: str) -> list[str]:
     found: list[str] = []
-    steps, finite = len(seen.later), [one for one in seen.norms if 0 < one < float("inf")]
     own, later = ([one < 1 - _ROUNDING for one in kept] for kept in (seen.own, seen.later))
     if any(own) and any(later):
         found.append(
@@ -167,22 +168,7 @@ def _findings(seen: _Seen, of: str) -> list[str]:
             "limit means another one at every change of the scale. Leave clipping to GradientClipping(NormClip(...)), "
             "which sees them unscaled."
         )
-    acts = sum(one or other for one, other in zip(own, later, strict=False))
-    if steps >= _FEW and finite:
-        middle, most = statistics.median(finite), max(finite)
-        sizes = f"The norms{of} are {middle:.3g} in the median and {most:.3g} at most"
-        if acts == 0:
-            found.append(
-                f"Nothing is clipped in {steps} steps{of}. {sizes}: a limit guards only below the largest; for "
-                f"insurance write NormClip(max_norm={3 * middle:.2g}), three times the median."
-            )
-        elif acts == steps:
-            kept = statistics.median([one * other for one, other in zip(seen.own, seen.later, strict=False)])
-            found.append(
-                f"Every one of {steps} steps{of} is clipped, to {kept:.2g} of its norm in the median, which is a "
-                f"smaller learning rate by another name. {sizes}: write NormClip(max_norm={3 * middle:.2g}) to cut "
-                "what stands out only, or keep it and know that the limit sets the length of the steps."
-            )
+    found += _of_the_limit(seen, of, sum(one or other for one, other in zip(own, later, strict=False)))
     if seen.lost:
         count, name = seen.lost
         found.append(
@@ -191,6 +177,27 @@ def _findings(seen: _Seen, of: str) -> list[str]:
             "itself, NormClip(per='layer'), or take a limit near the usual norm."
         )
     return found
+
+
+def _of_the_limit(seen: _Seen, of: str, acts: int) -> Iterator[str]:
+    """Whether it acts in some steps, and not in all."""
+    steps, finite = len(seen.later), [one for one in seen.norms if 0 < one < float("inf")]
+    if steps < _FEW or not finite:
+        return
+    sizes = f"The norms{of} are {statistics.median(finite):.3g} in the median and {max(finite):.3g} at most"
+    limit = f"NormClip({limit_for(np.array(finite)):g})"
+    if acts == 0:
+        yield (
+            f"Nothing is clipped in {steps} steps{of}. {sizes}: a limit guards only below the largest; for insurance "
+            f"write {limit}, the norm that one step in ten is over."
+        )
+    elif acts == steps:
+        kept = statistics.median([one * other for one, other in zip(seen.own, seen.later, strict=False)])
+        yield (
+            f"Every one of {steps} steps{of} is clipped, to {kept:.2g} of its norm in the median, which is a smaller "
+            f"learning rate by another name. {sizes}: write {limit} to cut what stands out only, or keep it and know "
+            "that the limit sets the length of the steps."
+        )
 
 
 def _callbacks(trainer: Trainer) -> Sequence[Any]:
