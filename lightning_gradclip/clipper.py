@@ -180,6 +180,9 @@ class Clipper(Recorded):
         options = replace(self._options, method=method)
         before = self._limiter.learned
         before.require_same_norm(method)
+        # What it cannot do is refused before anything has changed.
+        judge = limiter_for(Unlimited() if method is None else method, options.measure_per, self._optimizer)
+        judge.serve(self._selection, self._reducer)
         self._window.look()
         self._work_by(options)
         self._limiter.learned.inherit(before)
@@ -294,10 +297,7 @@ class Clipper(Recorded):
         return bool(self._selection.params)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, counters, open window and learned values; tensors and plain types only, no configuration.
-
-        And the names of the parameters that all this is about, by which optimizers and groups are recognised.
-        """
+        """Step, counters, window, learned values and the names that they are about; tensors and plain types only."""
         state = {
             **super().state_dict(),
             "skips_in_a_row": self._skips.count(),

@@ -26,6 +26,7 @@ from lightning_gradclip import (
     NormClip,
     QuantileClip,
     SigmaClip,
+    SpikeClip,
     ValueClip,
     ZClip,
 )
@@ -146,6 +147,21 @@ def test_what_cannot_take_its_place_is_refused_and_changes_nothing(method: Any, 
         clipper.method = method
     assert clipper.method == NormClip(4.0)
     assert clipper.step().limit.item() == 4.0
+
+
+@pytest.mark.parametrize("per", ["layer", "parameter"])
+def test_what_it_cannot_measure_is_refused_and_changes_nothing(per: str) -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    twins = [("a", parameter), ("a", nn.Parameter(torch.ones(1)))]
+    clipper = Clipper(twins, NormClip(4.0))
+    with pytest.raises(ValueError, match="two parameters are both called 'a'"):
+        clipper.method = ZClip(per=per)
+    with pytest.raises(ValueError, match="limits by what the optimizer remembers, and this clipper has none"):
+        clipper.method = SpikeClip()
+    parameter.grad = torch.tensor([8.0])
+    assert clipper.step().limit.item() == 4.0
+    assert parameter.grad.item() == pytest.approx(4.0)
+    assert clipper.method == NormClip(4.0)
 
 
 def test_a_resumed_clipper_goes_on_with_the_rule_it_is_given() -> None:
