@@ -27,9 +27,11 @@ from transformers.trainer_callback import (
 )
 from transformers.training_args import TrainingArguments
 
+from lightning_gradclip import checks
 from lightning_gradclip.act.policy import REQUIRED, Options
 from lightning_gradclip.clipper import Clipper
 from lightning_gradclip.methods.method import ClipMethod
+from lightning_gradclip.record.tally import Tally, history_in
 
 _log = logging.getLogger("lightning_gradclip")
 
@@ -46,6 +48,7 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
     Args:
         method: How to clip; None measures only.
         name: What the names of the metrics begin with.
+        summary: Whether to print at the end what the steps were, a limit, and where the history is.
         options: The others of `Clipper`, such as `action`, `nonfinite`, `exclude`, `measure_per` and `history`.
 
     Raises:
@@ -54,14 +57,22 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, method: ClipMethod | Mapping[str, Any] | None = REQUIRED, *, name: str = "gradclip", **options: Any
+        self,
+        method: ClipMethod | Mapping[str, Any] | None = REQUIRED,
+        *,
+        name: str = "gradclip",
+        summary: bool = True,
+        **options: Any,
     ) -> None:
         self._method = _method_of(method) if isinstance(method, Mapping) else method
         self._name, self._options = name, options
+        self._summary = checks.flag("summary", summary)
         if unknown := options.keys() - _OPTIONS:
             names = ", ".join(map(repr, sorted(unknown)))
             known = ", ".join(sorted(_OPTIONS))
-            raise TypeError(f"{type(self).__name__} has no argument {names}; its arguments are method, name, {known}")
+            raise TypeError(
+                f"{type(self).__name__} has no argument {names}; its arguments are method, name, summary, {known}"
+            )
         # Refused here, and not after the data was loaded.
         Options(self._method, **{key: value for key, value in options.items() if key in _CHECKED})
         self._clipper: Clipper | None = None
@@ -98,6 +109,8 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
         inner = getattr(optimizer, "optimizer", optimizer)
         self._scaler = getattr(optimizer, "scaler", None)
         self._clipper = Clipper(model, self._method, optimizer=inner, **self._options)
+        self._tally = Tally()
+        self._clipper.tell(self._tally.take)
         self.saved = _saved_in(state, type(self).__name__, self._name)
         if self.saved is not None:
             self._clipper.load_state_dict(_decoded(self.saved))
@@ -138,13 +151,23 @@ class GradientClippingCallback(TrainerCallback, ExportableState):
             self._losses = None
         if self._clipper is not None:
             self._clipper.close()
+            if self._summary and self._tally.steps and state.is_world_process_zero:
+                self._say()
         if self._before is not None:
             args.max_grad_norm, self._before = self._before, None
+
+    def _say(self) -> None:
+        """Print it where the Trainer prints its own last words: below the level of warnings its log shows nothing."""
+        observed = self._method is None or self._options.get("action") == "observe"
+        print(f"{self._name}: {self._tally.sentence(observed=observed)}")  # noqa: T201
+        if history := self._options.get("history"):
+            print(f"{self._name}: {history_in(os.fspath(history))}")  # noqa: T201
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps: arguments of this callback, and what the clipper knows."""
         saved = self.saved if self._clipper is None else _encoded(self._clipper.state_dict())
-        args = {"method": _described(self._method), "name": self._name, **_plain(self._options)}
+        args = {"method": _described(self._method), "name": self._name, "summary": self._summary}
+        args |= _plain(self._options)
         return {"args": args, "attributes": {"saved": saved}}
 
     def _take_over(self, args: TrainingArguments) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -211,7 +212,7 @@ class TestCheckpoints:
 
 class TestRefusals:
     def test_an_unknown_option(self) -> None:
-        with pytest.raises(TypeError, match=r"has no argument 'norm'; its arguments are method, name, action, "):
+        with pytest.raises(TypeError, match=r"has no argument 'norm'; its arguments are method, name, summary, action, "):
             GradientClippingCallback(NormClip(), norm=1.0)
 
     def test_a_wrong_option_is_refused_before_the_data_is_loaded(self) -> None:
@@ -315,3 +316,15 @@ def _tokenizer() -> Any:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="\x00"))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="\x00", pad_token="\x00")
+
+
+def test_a_training_ends_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = tmp_path / "history"
+    callback = GradientClippingCallback(NormClip(0.5), history=history)
+    trained(tmp_path, callback, max_steps=4)
+    norms = History(history).steps["norm"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gradclip: ")]
+    assert lines[0].startswith(f"gradclip: 4 steps, 100 % clipped; norm: median {np.median(norms):.3g}, largest ")
+    assert lines[1] == f"gradclip: history in {history}; to see it: lightning-gradclip report {history}"
+    trained(tmp_path, GradientClippingCallback(NormClip(0.5), summary=False), max_steps=1)
+    assert "gradclip: " not in capsys.readouterr().out

@@ -12,8 +12,8 @@ from lightning_gradclip import GradientClipping, NormClip
 from lightning_gradclip.record.history import History
 from lightning_gradclip.record.rule import limit_for
 from lightning_gradclip.record.step import Row
+from lightning_gradclip.record.tally import Tally
 from lightning_gradclip.record.window import Packed
-from lightning_gradclip.trainer.closing import Tally
 
 
 def packed(norms: np.ndarray, first: int = 0) -> Packed:
