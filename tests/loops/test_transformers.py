@@ -212,7 +212,9 @@ class TestCheckpoints:
 
 class TestRefusals:
     def test_an_unknown_option(self) -> None:
-        with pytest.raises(TypeError, match=r"has no argument 'norm'; its arguments are method, name, summary, action, "):
+        with pytest.raises(
+            TypeError, match=r"has no argument 'norm'; its arguments are method, name, summary, action, "
+        ):
             GradientClippingCallback(NormClip(), norm=1.0)
 
     def test_a_wrong_option_is_refused_before_the_data_is_loaded(self) -> None:
