@@ -6,7 +6,6 @@ package index and the `dev` extra.
 
 import compileall
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -287,19 +286,8 @@ def test_optuna_searches_methods_and_their_parameters(installed: Environment) ->
                 execute(sys.executable, "-m", *command, "uninstall", "-q", "-y", *names, cwd=installed.library)
 
 
-def processor_time(application: Application, *arguments: str) -> float:
-    """Milliseconds that Python takes to start, compose and end: the least of several, as machines are shared."""
-    times = []
-    for _ in range(7):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert application.start(*arguments).code == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return 1000 * min(times)
-
-
 @pytest.mark.packaging
-def test_composing_takes_at_most_20_ms_more_than_without_the_package(
+def test_composing_imports_little_more_than_without_the_package(
     environment: Environment, distributions: dict[str, Path]
 ) -> None:
     """An application that does not use the pack, and one that has the option as files of its own."""
@@ -308,14 +296,17 @@ def test_composing_takes_at_most_20_ms_more_than_without_the_package(
     own.mkdir(parents=True, exist_ok=True)
     for name in ("norm", "_callback"):
         shutil.copy(ROOT / "conf" / "callbacks" / "gradclip" / f"{name}.yaml", own)
-    without = processor_time(application), processor_time(application, "+own/gradclip=norm")
+    without = application.shown().modules, application.shown("+own/gradclip=norm").modules
     environment.install(distributions["wheel"], by="uv")
     try:
-        beside = processor_time(application), processor_time(application, "+callbacks/gradclip=norm")
+        beside = application.shown().modules, application.shown("+callbacks/gradclip=norm").modules
     finally:
         environment.uninstall(by="uv")
-    assert beside[0] - without[0] < 20
-    assert beside[1] - without[1] < 20
+    for before, after in zip(without, beside, strict=True):
+        more = {name for name in after - before if "lightning_gradclip" not in name}
+        # A few of the standard library; benchmarks/cost/composing.py measures what it comes to.
+        assert len(more) <= 8, more
+        assert not any(name.partition(".")[0] in ("torch", "lightning", "numpy") for name in after)
 
 
 @pytest.mark.packaging
