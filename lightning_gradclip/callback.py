@@ -276,12 +276,12 @@ class GradientClipping(KnownArguments, InReach, Callback):
             clipper = self._clipper(trainer, pl_module, optimizer, index)
         self._last_batch = lightning.batches(trainer)
         detailed = lightning.looks_now(trainer, self.log_every_n_steps, with_next_step=True)
-        taken = clipper.steps
+        last = clipper.stats
         clipper.step(scaler, at=self._recorder.step, detailed=detailed, **self._told(trainer, index))
         if clipper.has_news:
             self._recorder.open(index)
         if self._watch is not None and self._watch.on:
-            self._watch.saw(index, clipper, acted=clipper.steps > taken)
+            self._watch.saw(index, clipper, acted=clipper.stats is not last)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
