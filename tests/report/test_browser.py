@@ -18,6 +18,9 @@ from lightning_gradclip.report.page import write_report
 
 api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
 
+# A browser is one.
+pytestmark = pytest.mark.processes
+
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
